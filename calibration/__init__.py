@@ -1,0 +1,1 @@
+"""Statistics of linear inputs from real pipeline runs: models, no file formats."""

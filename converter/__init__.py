@@ -1,0 +1,1 @@
+"""Decides and orchestrates: families, plan, conversion, verification, the command line."""

@@ -1,0 +1,46 @@
+"""What the plan tells a target of one packed layer, and of the whole file. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dqconvert.quantizers.spec import QuantSpec, Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class PackedForm:
+    """Everything that fixes the tensors of one packed layer.
+
+    spec: weight format; shape: [N, K]; bias: whether the layer has one; rank: of the low-rank
+    branch, 0 for none; parts: source linears stacked on N; splits: chunks of an adaLN
+    modulation linear (6 or 3), 0 for all others; shift: constant that the runtime adds to the
+    input before it quantizes; input_scale: whether a static activation scale is written.
+    """
+
+    spec: QuantSpec
+    shape: tuple[int, int]
+    bias: bool = True
+    rank: int = 0
+    parts: int = 1
+    splits: int = 0
+    shift: float = 0.0
+    input_scale: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FileContext:
+    """What a target needs for a file's name, its metadata and its config.
+
+    model: short name for file names ("flux1-dev"); rank: of the low-rank branches; config: the
+    diffusers config of the transformer; layers: packed layers by their name in the file; facts:
+    what this runtime wants to be told of the family (such as its class names).
+    """
+
+    model: str
+    scheme: Scheme
+    rank: int
+    config: Mapping[str, Any]
+    layers: Mapping[str, PackedForm]
+    facts: Mapping[str, Any] = field(default_factory=dict)

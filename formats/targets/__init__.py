@@ -1,0 +1,105 @@
+"""The runtimes. This folder is the registry: a module here is a target. Torch-free until packing.
+
+A target module holds
+
+    NAME, SUMMARY               its name on the command line; one line for `list`
+    DIALECT                     the family's naming dialect that it writes
+    KEEP_DTYPE                  dtype of tensors that stay unquantized, None to keep each as found
+    ROLES                       {role of a linear: "weight" | "modulation"}; others are kept
+    accepts(scheme)             None, or why the runtime has no layout for this scheme
+    problem(form)               None, or why this layer cannot be packed
+    shift(form)                 the constant that the runtime adds to inputs behind a GELU
+    promise(form)               {suffix: TensorInfo} of a packed layer, without torch
+    pack(form, q), unpack(form, tensors)      logical result <-> {suffix: tensor}
+    recognize(infos, metadata, config)        Recognized or None: is this one of my files?
+    filename(context), metadata(context), config(context)
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol
+
+from dqconvert.formats.form import FileContext, PackedForm
+from dqconvert.quantizers.errors import UnknownName
+from dqconvert.quantizers.spec import Scheme, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqconvert.quantizers.tensors import QuantizedTensor
+
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Recognized:
+    """A file that a target wrote: its packed layers by name, and what it says of itself.
+
+    forms lack what only the family knows (splits, shift, parts): the converter adds them.
+    problems: what is wrong with the file, one line each, naming the tensor.
+    """
+
+    scheme: str | None
+    rank: int
+    forms: Mapping[str, PackedForm]
+    problems: tuple[str, ...] = field(default=())
+
+
+class Target(Protocol):
+    """See the module docstring."""
+
+    NAME: str
+    SUMMARY: str
+    DIALECT: str
+    KEEP_DTYPE: str | None
+    ROLES: Mapping[str, str]
+
+    def accepts(self, scheme: Scheme) -> str | None: ...
+
+    def problem(self, form: PackedForm) -> str | None: ...
+
+    def shift(self, form: PackedForm) -> float: ...
+
+    def promise(self, form: PackedForm) -> dict[str, TensorInfo]: ...
+
+    def pack(self, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]: ...
+
+    def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor: ...
+
+    def recognize(
+        self, infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
+    ) -> Recognized | None: ...
+
+    def filename(self, context: FileContext) -> str: ...
+
+    def metadata(self, context: FileContext) -> dict[str, str]: ...
+
+    def config(self, context: FileContext) -> dict[str, Any] | None: ...
+
+
+@cache
+def targets() -> Mapping[str, Target]:
+    """All targets by name."""
+    found: dict[str, Target] = {}
+    for module in pkgutil.iter_modules(__path__):
+        target: Any = importlib.import_module(f"{__name__}.{module.name}")
+        if module.name.startswith("_"):
+            continue
+        if target.NAME in found:
+            raise ValueError(f"two targets are called '{target.NAME}'")
+        found[target.NAME] = target
+    return MappingProxyType(dict(sorted(found.items())))
+
+
+def target(name: str) -> Target:
+    """The target of that name; UnknownName with near names otherwise."""
+    try:
+        return targets()[name]
+    except KeyError:
+        raise UnknownName("target", name, targets()) from None

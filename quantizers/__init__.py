@@ -1,0 +1,1 @@
+"""Pure tensor mathematics and its types: no files, no model names."""
