@@ -7,7 +7,7 @@ Limits are derived from bits, never typed.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ALL = -1
 """A tile extent that covers the whole axis."""
@@ -45,10 +45,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """An element code: a signed integer, or a float with exponent and mantissa bits.
+    """An element code: an integer, or a float with exponent and mantissa bits.
 
-    Integers are symmetric: -maximum .. maximum. Floats follow the OCP formats: e4m3 gives its
-    last code to NaN, e2m1 has no special values, e5m2 is IEEE.
+    Signed integers are symmetric, -maximum .. maximum; unsigned ones begin at 0. Floats follow
+    the OCP formats: e4m3 gives its last code to NaN, e2m1 has no special values, e5m2 is IEEE.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Code:
     exponent: int = 0
     mantissa: int = 0
     specials: int = 0
+    signed: bool = True
 
     @property
     def is_float(self) -> bool:
@@ -66,17 +67,18 @@ class Code:
     def maximum(self) -> float:
         """The largest value a code stands for."""
         if not self.is_float:
-            return float(2 ** (self.bits - 1) - 1)
+            return float(2 ** (self.bits - self.signed) - 1)
         steps = 2 ** (self.exponent + self.mantissa) - 1 - self.specials
         exponent, mantissa = divmod(steps, 2**self.mantissa)
         bias = 2 ** (self.exponent - 1) - 1
-        return float(2 ** (exponent - bias)) * (1 + mantissa / 2**self.mantissa)
+        return math.ldexp(1 + mantissa / 2**self.mantissa, exponent - bias)
 
 
 CODES = {
     code.name: code
     for code in (
         Code("int4", bits=4),
+        Code("uint4", bits=4, signed=False),
         Code("int8", bits=8),
         Code("e2m1", bits=4, exponent=2, mantissa=1),
         Code("e4m3", bits=8, exponent=4, mantissa=3, specials=1),
@@ -150,9 +152,3 @@ class Scheme:
     steps: tuple[str, ...] = ()
     rank: int = 0
     rounding: str = "rtn"
-    calibrated: bool = field(default=False)
-
-    @property
-    def grouped(self) -> int:
-        """Columns that share a scale, 0 where all do."""
-        return max(self.weight.tile[1], 0)
