@@ -1,0 +1,181 @@
+"""Checkpoints read lazily: headers at once, each tensor when asked for. Torch-free until read.
+
+Bytes are read into fresh memory instead of being mapped, so that a checkpoint of any size leaves
+no trace in the process's resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from dqconvert.formats import header
+from dqconvert.quantizers.errors import SourceError
+from dqconvert.quantizers.spec import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_OTHER_FORMATS = {".gguf", ".pt", ".pth", ".ckpt", ".bin", ".sft"}
+
+
+class Source(Protocol):
+    """A checkpoint: what it holds, and how to read it."""
+
+    @property
+    def infos(self) -> Mapping[str, TensorInfo]: ...
+
+    @property
+    def metadata(self) -> Mapping[str, str]: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows start .. stop, in fresh memory."""
+        ...
+
+    def where(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        ...
+
+
+class SafetensorsSource:
+    """One or several safetensors files as one checkpoint.
+
+    Raises SourceError where a file is missing, truncated or no safetensors, or where two files
+    hold a tensor of the same name.
+    """
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        self.files = files
+        self._headers = {path: header.read(path) for path in files}
+        self._file_of: dict[str, Path] = {}
+        for path, head in self._headers.items():
+            for name in head.extents:
+                if name in self._file_of:
+                    raise SourceError(f"{path}: tensor {name} is also in {self._file_of[name]}")
+                self._file_of[name] = path
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What the headers say, in file order."""
+        return {
+            name: extent.info
+            for head in self._headers.values()
+            for name, extent in head.extents.items()
+        }
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The first file's metadata."""
+        return next(iter(self._headers.values())).metadata
+
+    def where(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self._file_of[name]
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""
+        import torch
+
+        from dqconvert.quantizers.tensors import TORCH_DTYPES
+
+        path = self._file_of[name]
+        extent = self._headers[path].extents[name]
+        shape, offset = extent.info.shape, extent.offset
+        if rows is not None:
+            row = extent.info.nbytes // max(shape[0], 1)
+            offset, shape = offset + rows[0] * row, (rows[1] - rows[0], *shape[1:])
+        info = TensorInfo(extent.info.dtype, shape)
+        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        _fill(path, offset, buffer.numpy().data)
+        return buffer.view(TORCH_DTYPES[info.dtype]).view(shape)
+
+
+def _fill(path: Path, offset: int, target: memoryview) -> None:
+    try:
+        with path.open("rb", buffering=0) as file:
+            done = 0
+            while done < len(target):
+                count = os.preadv(file.fileno(), [target[done:]], offset + done)
+                if count == 0:
+                    raise SourceError(f"{path}: became shorter while it was being read")
+                done += count
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+
+
+def open_source(path: Path) -> Source:
+    """The checkpoint at a path: a safetensors file, an index, or a folder of either.
+
+    Raises SourceError that names what is missing.
+    """
+    if path.is_dir():
+        return SafetensorsSource(_files_in(path))
+    if path.name.endswith(INDEX_SUFFIX):
+        return SafetensorsSource(_indexed(path))
+    if path.suffix in _OTHER_FORMATS:
+        raise SourceError(f"{path}: {path.suffix} files cannot be read; give a .safetensors file")
+    if not path.exists():
+        raise SourceError(f"{path}: no such file")
+    return SafetensorsSource((path,))
+
+
+def _files_in(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a folder that holds one checkpoint."""
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    if len(indexes) == 1:
+        return _indexed(indexes[0])
+    found = sorted(folder.glob("*.safetensors"))
+    shards = [path for path in found if _SHARD.search(path.name)]
+    if shards and len(shards) == len(found):
+        return _complete(folder, shards)
+    if len(found) == 1 and not indexes:
+        return (found[0],)
+    if not found and not indexes:
+        raise SourceError(f"{folder}: holds no .safetensors file")
+    names = ", ".join(path.name for path in [*indexes, *found])
+    raise SourceError(f"{folder}: holds several checkpoints ({names}); name one of them")
+
+
+def _indexed(index: Path) -> tuple[Path, ...]:
+    """The shards that an index names; SourceError lists those that are missing."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SourceError(f"{index}: not a safetensors index ({error})") from error
+    files = tuple(index.parent / name for name in names)
+    _all_there(index, files)
+    source = SafetensorsSource(files)
+    lost = [name for name in weight_map if name not in source.infos]
+    if lost:
+        raise SourceError(f"{index}: names {lost[0]}, which is in none of its shards")
+    return files
+
+
+def _complete(folder: Path, shards: list[Path]) -> tuple[Path, ...]:
+    """All shards of an unindexed set, by the numbers in their names."""
+    match = _SHARD.search(shards[0].name)
+    assert match is not None
+    stem = shards[0].name[: match.start()]
+    total = int(match[2])
+    files = tuple(
+        folder / f"{stem}-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)
+    )
+    _all_there(folder, files)
+    return files
+
+
+def _all_there(origin: Path, files: tuple[Path, ...]) -> None:
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise SourceError(f"{origin}: missing shard {', '.join(missing)}; download it again")

@@ -1,0 +1,114 @@
+"""A safetensors file written while it is computed (see header.py for its bytes).
+
+The header goes down first; tensors fill their places in any order, from any thread. The file
+carries the suffix `.partial` until every byte is accounted for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from dqconvert.formats import header
+from dqconvert.quantizers.errors import OutputError
+from dqconvert.quantizers.spec import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StreamWriter:
+    """Fills a file whose tensors are known beforehand.
+
+    Used as a context manager: leaving it without an exception checks that every tensor was
+    written, flushes to the disk and renames; leaving it with one deletes the file. The space is
+    reserved at once, so that a full disk is noticed before the work. Raises OutputError.
+    """
+
+    def __init__(
+        self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+    ) -> None:
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._start, self._header = header.encode(infos, metadata)
+        self._missing = set(infos)
+        self._lock = threading.Lock()
+        self._fd = -1
+
+    def __enter__(self) -> StreamWriter:
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
+            self._fd = os.open(self._partial, flags, 0o644)
+            os.posix_fallocate(self._fd, 0, self._header.size)
+            self._put(memoryview(self._start), 0)
+        except OSError as error:
+            self._discard()
+            raise self._failed(error) from error
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put one tensor into its place.
+
+        A tensor that is not as promised, or comes twice, is our own mistake: ValueError.
+        """
+        from dqconvert.quantizers.tensors import DTYPE_NAMES
+
+        extent = self._header.extents[name]
+        found = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        if found != extent.info:
+            raise ValueError(f"{name}: promised {extent.info}, computed {found}")
+        with self._lock:
+            if name not in self._missing:
+                raise ValueError(f"{name}: written twice")
+            self._missing.discard(name)
+        if not extent.info.nbytes:
+            return
+        import torch
+
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        try:
+            self._put(data, extent.offset)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._discard()
+            return
+        if self._missing:
+            self._discard()
+            raise ValueError(f"{len(self._missing)} tensors were never written: {self._missing}")
+        try:
+            os.fsync(self._fd)
+            os.close(self._fd)
+            self._partial.replace(self.path)
+        except OSError as problem:
+            self._discard()
+            raise self._failed(problem) from problem
+
+    def _put(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], offset + done)
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                os.close(self._fd)
+            self._fd = -1
+        self._partial.unlink(missing_ok=True)
+
+    def _failed(self, error: OSError) -> OutputError:
+        return OutputError(
+            f"{self.path}: {error.strerror}; {self._header.size / 1e9:.2f} GB are needed there"
+        )
