@@ -16,7 +16,8 @@ class PackedForm:
     spec: weight format; shape: [N, K]; bias: whether the layer has one; rank: of the low-rank
     branch, 0 for none; parts: source linears stacked on N; splits: chunks of an adaLN
     modulation linear (6 or 3), 0 for all others; shift: constant that the runtime adds to the
-    input before it quantizes; input_scale: whether a static activation scale is written.
+    input before it quantizes; input_scale: whether a static activation scale is written;
+    bias_dtype: of the bias, where the runtime leaves the choice.
     """
 
     spec: QuantSpec
@@ -27,6 +28,7 @@ class PackedForm:
     splits: int = 0
     shift: float = 0.0
     input_scale: bool = False
+    bias_dtype: str = "BF16"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,69 @@
+"""How a target checks a file that it may have written: from the header alone. Torch-free.
+
+A recognized layer becomes a form, the form's promise is compared with the header, and every
+difference is a line that names the tensor, what was found and what is needed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from dqconvert.quantizers.schemes import schemes
+from dqconvert.quantizers.spec import QuantSpec, TensorInfo
+
+Infos = Mapping[str, TensorInfo]
+
+
+def layers_with(infos: Infos, suffix: str) -> list[str]:
+    """Names of the layers that have a tensor of that suffix, in the order of the header."""
+    ending = f".{suffix}"
+    return [name.removesuffix(ending) for name in infos if name.endswith(ending)]
+
+
+def scheme_named(target: str, specs: Collection[QuantSpec]) -> str | None:
+    """The scheme of that target whose weights all have this spec; None if they are mixed."""
+    if len(set(specs)) != 1:
+        return None
+    (spec,) = set(specs)
+    fits = (s.name for s in schemes().values() if target in s.targets and s.weight == spec)
+    return next(fits, None)
+
+
+def differences(
+    layer: str, promised: Infos, infos: Infos, optional: Collection[str] = ()
+) -> list[str]:
+    """What the header lacks or has otherwise than promised, a line for each tensor."""
+    lines = []
+    for suffix, need in promised.items():
+        name = f"{layer}.{suffix}"
+        found = infos.get(name)
+        if found is None:
+            if suffix not in optional:
+                lines.append(f"{name}: missing; needed {describe(need)}")
+        elif found != need:
+            lines.append(f"{name}: found {describe(found)}, needed {describe(need)}")
+    return lines
+
+
+def describe(info: TensorInfo) -> str:
+    """Dtype and shape, for a message."""
+    return f"{info.dtype} {list(info.shape)}"
+
+
+def disagreements(what: str, said: Any, found: Iterable[Any]) -> list[str]:
+    """A line if the file says one value of itself and its tensors say others."""
+    others = sorted({value for value in found if value != said}, key=str)
+    if not others:
+        return []
+    return [f"{what}: the file says {said}, its tensors say {', '.join(map(str, others))}"]
+
+
+def json_object(text: str | None) -> dict[str, Any] | None:
+    """The JSON object in a metadata entry; None if there is none."""
+    try:
+        value = json.loads(text or "null")
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,171 @@
+"""nunchaku: a single file with fused projections, for nunchaku, ComfyUI-nunchaku and sglang.
+
+    <layer>.qweight, wscales, wtscale | wcscales, smooth, smooth_orig, lora_down, lora_up, bias
+    <modulation>.qweight, wscales, wzeros, bias
+
+under the names of the FLUX classes of version 1, which the C++ backend and ComfyUI read and the
+version 2 classes rename on load. Layers without a bias hold zeros. The file's name carries
+precision and rank, and sglang takes them from there.
+
+Source: nunchaku/merge_safetensors.py (metadata), src/Linear.cpp and src/FluxModel.cpp (names,
+and the shift of fc2), deepcompressor/backend/nunchaku/convert.py (what is folded where).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.formats import svdq
+from dqconvert.formats.form import FileContext, PackedForm
+from dqconvert.formats.recognition import (
+    Infos,
+    disagreements,
+    json_object,
+    layers_with,
+    scheme_named,
+)
+from dqconvert.formats.targets import Recognized
+from dqconvert.quantizers.spec import Scheme, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqconvert.quantizers.tensors import QuantizedTensor
+
+NAME = "nunchaku"
+SUMMARY = "single file for nunchaku, ComfyUI-nunchaku and sglang"
+DIALECT = "nunchaku"
+KEEP_DTYPE = "BF16"
+ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
+
+LAYOUT = svdq.Layout(
+    smooth=("smooth", "smooth_orig"),
+    down="lora_down",
+    up="lora_up",
+    bias=True,
+    both_scales=False,
+    modulation=True,
+)
+
+
+def accepts(scheme: Scheme) -> str | None:
+    """See formats/targets."""
+    return svdq.accepts(scheme)
+
+
+def problem(form: PackedForm) -> str | None:
+    """See formats/targets."""
+    return svdq.problem(LAYOUT, form, shift(form))
+
+
+def shift(form: PackedForm) -> float:
+    """int4 kernels quantize GELU(x) + 0.171875 to unsigned codes; NVFP4 has no unsigned ones."""
+    if svdq.is_w4a16(form) or svdq.is_nvfp4(form.spec):
+        return 0.0
+    return svdq.SHIFT_GELU
+
+
+def promise(form: PackedForm) -> dict[str, TensorInfo]:
+    """See formats/targets."""
+    return svdq.promise(LAYOUT, form)
+
+
+def pack(form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
+    """See formats/targets."""
+    return svdq.pack(LAYOUT, form, q)
+
+
+def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    """See formats/targets."""
+    return svdq.unpack(LAYOUT, form, tensors)
+
+
+def recognize(
+    infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> Recognized | None:
+    """Files with the names of version 1, and those that only their metadata gives away."""
+    said = json_object(metadata.get("quantization_config")) or {}
+    layers = layers_with(infos, "qweight")
+    named = any(f"{layer}.{LAYOUT.down}" in infos for layer in layers)
+    renamed = any(f"{layer}.proj_down" in infos for layer in layers)
+    if renamed or not (named or said.get("method") == "svdquant"):
+        return None
+    rank = said.get("rank")
+    forms, problems = svdq.read_forms(
+        LAYOUT, layers, infos, rank if isinstance(rank, int) and rank > 0 else 32
+    )
+    linears = [form for form in forms.values() if not svdq.is_w4a16(form)]
+    problems += _metadata_problems(metadata, said, linears)
+    if not linears:
+        problems.append("the file has no W4A4 layer")
+    return Recognized(
+        scheme=scheme_named(NAME, [form.spec for form in linears]),
+        rank=max((form.rank for form in linears), default=0),
+        forms=forms,
+        problems=tuple(problems),
+    )
+
+
+def _metadata_problems(
+    metadata: Mapping[str, str], said: Mapping[str, Any], linears: list[PackedForm]
+) -> list[str]:
+    if json_object(metadata.get("quantization_config")) is None:
+        return ["metadata quantization_config: missing or not a JSON object"]
+    weight = said.get("weight")
+    dtype = weight.get("dtype") if isinstance(weight, dict) else None
+    found = ["fp4_e2m1_all" if svdq.is_nvfp4(form.spec) else "int4" for form in linears]
+    problems = disagreements("metadata quantization_config.weight.dtype", dtype, found)
+    ranks = [form.rank for form in linears]
+    problems += disagreements("metadata quantization_config.rank", said.get("rank"), ranks)
+    if json_object(metadata.get("config")) is None:
+        problems.append("metadata config: missing or not a JSON object")
+    return problems
+
+
+def filename(context: FileContext) -> str:
+    """svdq-int4_r32-flux1-dev.safetensors: sglang and nunchaku read precision and rank here."""
+    precision = "fp4" if svdq.is_nvfp4(context.scheme.weight) else "int4"
+    return f"svdq-{precision}_r{context.rank}-{context.model}.safetensors"
+
+
+def metadata(context: FileContext) -> dict[str, str]:
+    """The header entries that loaders read.
+
+    facts: model_class; comfy_config, an object or its JSON, which ComfyUI requires for FLUX;
+    skip_refiners, for Z-Image.
+    """
+    entries = {"config": json.dumps(dict(context.config))}
+    if "model_class" in context.facts:
+        entries["model_class"] = str(context.facts["model_class"])
+    if "comfy_config" in context.facts:
+        comfy = context.facts["comfy_config"]
+        entries["comfy_config"] = comfy if isinstance(comfy, str) else json.dumps(comfy)
+    entries["quantization_config"] = json.dumps(_quantization_config(context))
+    return entries
+
+
+def _quantization_config(context: FileContext) -> dict[str, Any]:
+    nvfp4 = svdq.is_nvfp4(context.scheme.weight)
+    dtype, group = ("fp4_e2m1_all", 16) if nvfp4 else ("int4", 64)
+    scale = "fp8_e4m3_nan" if nvfp4 else None
+    # "quant_method" is left out: sglang would take the file for one of another loader
+    said: dict[str, Any] = {
+        "method": "svdquant",
+        "weight": {
+            "dtype": dtype,
+            "scale_dtype": [None, scale] if nvfp4 else None,
+            "group_size": group,
+        },
+        "activation": {"dtype": dtype, "scale_dtype": scale, "group_size": group},
+        "rank": context.rank,
+    }
+    if "skip_refiners" in context.facts:
+        said["skip_refiners"] = bool(context.facts["skip_refiners"])
+    return said
+
+
+def config(context: FileContext) -> dict[str, Any] | None:
+    """None: the header holds it."""
+    return None

@@ -1,0 +1,153 @@
+"""Laws of all targets: a promise is what is packed, packing loses nothing, files are recognized
+and their damage is named. They run over the registry, so a new module in formats/targets is
+covered.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dqconvert.formats.form import PackedForm
+from dqconvert.formats.targets import Target, target, targets
+from dqconvert.quantizers.schemes import schemes
+from dqconvert.quantizers.spec import Scheme, TensorInfo
+
+samples = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("samples.py"))))
+forms, cases, files = samples.forms, samples.cases, samples.files
+result_of, context_of, infos_of = samples.result_of, samples.context_of, samples.infos_of
+same = samples.same
+
+
+@pytest.mark.parametrize(("runtime", "scheme", "form"), cases())
+def test_a_promise_is_what_is_packed(runtime: Target, scheme: Scheme, form: PackedForm) -> None:
+    tensors = runtime.pack(form, result_of(form, "smooth" in scheme.steps))
+    assert infos_of(tensors) == runtime.promise(form)
+    assert all(t.is_contiguous() for t in tensors.values())
+    assert len({t.data_ptr() for t in tensors.values()}) == len(tensors)
+
+
+@pytest.mark.parametrize(("runtime", "scheme", "form"), cases())
+def test_packing_loses_nothing(runtime: Target, scheme: Scheme, form: PackedForm) -> None:
+    q = result_of(form, "smooth" in scheme.steps)
+    back = runtime.unpack(form, runtime.pack(form, q))
+    assert (back.spec, back.shift) == (q.spec, q.shift)
+    for field in ("codes", "scale", "tensor_scale", "smooth", "input_scale"):
+        assert same(getattr(back, field), getattr(q, field)), field
+    assert (back.lowrank is None) == (q.lowrank is None)
+    if q.lowrank is not None and back.lowrank is not None:
+        assert same(back.lowrank.down, q.lowrank.down)
+        assert same(back.lowrank.up, q.lowrank.up)
+    if form.splits and q.bias is not None and back.bias is not None:
+        # 1 may have been added in bf16 (nunchaku) and taken away again
+        error = (back.bias.float() - q.bias.float()).abs()
+        assert bool((error <= (1 + q.bias.float().abs()) * 2**-8).all())
+    else:
+        assert same(back.bias, q.bias)
+
+
+@pytest.mark.parametrize(("runtime", "scheme"), files())
+def test_a_scheme_and_its_target_agree(runtime: Target, scheme: Scheme) -> None:
+    assert runtime.accepts(scheme) is None
+    assert any(runtime.problem(form) is None for form in forms(runtime, scheme))
+
+
+@pytest.mark.parametrize(("runtime", "scheme"), files())
+def test_a_target_recognizes_its_own_files(runtime: Target, scheme: Scheme) -> None:
+    context, infos = context_of(runtime, scheme)
+    metadata, config = runtime.metadata(context), runtime.config(context) or {}
+    assert all(isinstance(value, str) for value in metadata.values())
+    json.dumps(config)
+    file = runtime.recognize(infos, metadata, config)
+    assert file is not None
+    assert file.problems == ()
+    assert (file.scheme, file.rank) == (scheme.name, scheme.rank)
+    assert file.forms.keys() == context.layers.keys()
+    for layer, found in file.forms.items():
+        wrote = context.layers[layer]
+        known = replace(found, splits=wrote.splits, shift=wrote.shift, parts=wrote.parts)
+        assert runtime.promise(known) == runtime.promise(wrote)
+    others = [other for name, other in targets().items() if name != runtime.NAME]
+    assert not [other for other in others if other.recognize(infos, metadata, config)]
+
+
+def test_nothing_is_recognized_in_a_plain_checkpoint() -> None:
+    infos = {"a.weight": TensorInfo("BF16", (8, 8)), "a.bias": TensorInfo("BF16", (8,))}
+    for runtime in targets().values():
+        assert runtime.recognize(infos, {"format": "pt"}, {"_class_name": "X"}) is None
+
+
+def test_plans_need_no_torch() -> None:
+    """Everything but pack and unpack, in a fresh interpreter."""
+    code = """
+import sys
+from dqconvert.formats.form import FileContext, PackedForm
+from dqconvert.formats.targets import targets
+from dqconvert.quantizers.schemes import schemes
+for name, runtime in targets().items():
+    for scheme in schemes().values():
+        if runtime.accepts(scheme) is not None or name not in scheme.targets:
+            continue
+        form = PackedForm(scheme.weight, (256, 256), rank=scheme.rank)
+        runtime.problem(form), runtime.shift(form)
+        context = FileContext("m", scheme, scheme.rank, {}, {"a": form})
+        infos = {f"a.{k}": v for k, v in runtime.promise(form).items()}
+        metadata, config = runtime.metadata(context), runtime.config(context) or {}
+        runtime.filename(context), runtime.recognize(infos, metadata, config)
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    paths = {"PYTHONPATH": str(Path(__file__).parents[1] / "tools" / "ns")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=paths)
+
+
+# damaged files
+
+
+def damaged() -> list[Any]:
+    return [
+        pytest.param(target(name), schemes()[scheme], id=f"{name}-{scheme}")
+        for name, scheme in (
+            ("nunchaku", "svdquant-w4a4"),
+            ("nunchaku", "svdquant-nvfp4"),
+            ("diffusers", "svdquant-w4a4"),
+            ("diffusers", "svdquant-nvfp4"),
+            ("comfyui", "int8"),
+            ("comfyui", "fp8-tensor"),
+        )
+    ]
+
+
+@pytest.mark.parametrize(("runtime", "scheme"), damaged())
+def test_every_missing_or_wrong_tensor_is_named(runtime: Target, scheme: Scheme) -> None:
+    context, infos = context_of(runtime, scheme)
+    metadata, config = runtime.metadata(context), runtime.config(context) or {}
+    # a header alone cannot tell these from a layer without: a bias, a static scale, a scale
+    # that nunchaku's loader takes as 1, a marker that the header repeats
+    optional = {"comfy_quant", "input_scale", "wtscale" if runtime.NAME == "nunchaku" else ""}
+    optional |= {"wcscales"} if runtime.NAME == "nunchaku" else set()
+    for name, info in infos.items():
+        suffix = name.rpartition(".")[2]
+        if name == "norm.weight" or (suffix == "bias" and runtime.NAME != "nunchaku"):
+            continue
+        without = {key: value for key, value in infos.items() if key != name}
+        file = runtime.recognize(without, metadata, config)
+        layer = name.rpartition(".")[0]
+        if suffix == "qweight" and runtime.NAME == "nunchaku":
+            assert file is not None
+            assert layer not in file.forms
+        elif suffix not in optional:
+            assert file is not None
+            assert any(line.startswith(layer) for line in file.problems), name
+        if suffix != "comfy_quant":
+            for wrong in (replace(info, dtype="F64"), replace(info, shape=(*info.shape, 7))):
+                file = runtime.recognize(infos | {name: wrong}, metadata, config)
+                assert file is not None
+                assert any(line.startswith(f"{layer}.") for line in file.problems), name
