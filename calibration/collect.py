@@ -1,15 +1,16 @@
 """From a pipeline folder and prompts to the statistics of every site.
 
 Contract: the same subject, sites, prompts and settings give bit-equal statistics on the same
-machine. Sites may lie anywhere in the transformer. XᵀX of all sites is in memory at once; where
-that does not fit, call with a part of the sites at a time.
+machine. The work is done in the caller's thread as far as Ctrl-C is concerned: it ends all others.
+Sites may lie anywhere in the transformer. XᵀX of all sites is in memory at once; where that does
+not fit, call with a part of the sites at a time.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from dqconvert.calibration.denoiser import Weights, blocks_of, fill, skeleton
-from dqconvert.calibration.lockstep import Lockstep, Resident
+from dqconvert.calibration.lockstep import Lockstep, Resident, drain
 from dqconvert.calibration.observe import Observer
 from dqconvert.calibration.pipeline import drawing, encode, open_denoiser
 from dqconvert.calibration.prompts import Prompt
@@ -26,8 +27,6 @@ from dqconvert.calibration.quiet import quiet
 from dqconvert.calibration.settings import CalibrationSettings, Site
 from dqconvert.quantizers.errors import CalibrationError
 from dqconvert.quantizers.tensors import LayerStats
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +49,24 @@ def collect(
     sites: Sequence[Site],
     prompts: Sequence[Prompt],
     settings: CalibrationSettings,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LayerStats]:
     """The statistics of every site, by its name. progress is told (done, all) denoising steps."""
+    return drain(collecting(subject, sites, prompts, settings), lambda step: progress(*step))
+
+
+def collecting(
+    subject: Subject,
+    sites: Sequence[Site],
+    prompts: Sequence[Prompt],
+    settings: CalibrationSettings,
+) -> Generator[tuple[int, int], None, dict[str, LayerStats]]:
+    """The same as a generator of (done, all), which returns the statistics. To close it stops."""
     chosen = settings.chosen(prompts)
+    observers = {
+        site.name: Observer(site.name, settings.rows, settings.moments, settings.seed)
+        for site in sites
+    }
     with quiet():
         model = skeleton(subject.config)
         blocks = blocks_of(model, subject.blocks)
@@ -62,18 +75,25 @@ def collect(
         fill(model, subject.weights, settings)
         pipe = open_denoiser(subject.pipeline_dir, model, settings)
         lockstep = Lockstep[nn.Module](blocks, Resident())
-        step = _counter(progress, len(chosen) * settings.steps)
+        steps = _Steps(len(chosen) * settings.steps)
         tasks = [
-            drawing(pipe, prompt, embeds, settings, step)
+            drawing(pipe, prompt, embeds, settings, steps.take)
             for prompt, embeds in zip(chosen, encoded, strict=True)
         ]
-        observers = {
-            site.name: Observer(site.name, settings.rows, settings.moments, settings.seed)
-            for site in sites
-        }
         with _boundaries(lockstep, blocks), _taps(lockstep, watched, observers, chosen):
-            _run(lockstep, tasks)
+            yield from _run(lockstep, tasks, steps)
     return {name: observers.pop(name).finish() for name in list(observers)}
+
+
+class _Steps:
+    """Counts the denoising steps of all prompts."""
+
+    def __init__(self, total: int) -> None:
+        self.done, self.total = 0, total
+
+    def take(self) -> None:
+        """One more; some schedulers call back more often than once a step."""
+        self.done = min(self.done + 1, self.total)
 
 
 def _watched(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, nn.Module]]:
@@ -90,19 +110,6 @@ def _watched(model: nn.Module, sites: Sequence[Site]) -> list[tuple[str, nn.Modu
             f" ({len(unknown)} of {len(sites)} sites are unknown){hint}"
         )
     return [(site.name, modules[site.module]) for site in sites]
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
-    """Counts a denoising step of any prompt, and tells."""
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done = min(done + 1, total)  # some schedulers call back more often than once a step
-        if progress is not None:
-            progress(done, total)
-
-    return step
 
 
 @contextmanager
@@ -147,11 +154,19 @@ def _taps(
             handle.remove()
 
 
-def _run(lockstep: Lockstep[nn.Module], tasks: Sequence[Callable[[], Any]]) -> None:
-    try:
-        lockstep.run(tasks)
-    except torch.OutOfMemoryError as error:
-        raise CalibrationError(
-            "calibration does not fit the memory of the device; use fewer prompts"
-            f" (--calib-samples), a smaller --size, or --device cpu ({error})"
-        ) from error
+def _run(
+    lockstep: Lockstep[nn.Module], tasks: Sequence[Callable[[], Any]], steps: _Steps
+) -> Iterator[tuple[int, int]]:
+    """Run all tasks; says how many steps are done whenever that changes."""
+    said = 0
+    with closing(lockstep.passes(tasks)) as passes:
+        try:
+            for _ in passes:
+                if steps.done > said:
+                    said = steps.done
+                    yield said, steps.total
+        except torch.OutOfMemoryError as error:
+            raise CalibrationError(
+                "calibration does not fit the memory of the device; use fewer prompts"
+                f" (--calib-samples), a smaller --size, or --device cpu ({error})"
+            ) from error

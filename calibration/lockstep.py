@@ -20,14 +20,28 @@ boundary, every thread is joined, and the exception is raised once. Gradients ar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
+S = TypeVar("S")
 T = TypeVar("T")
 M = TypeVar("M")
 ModuleT = TypeVar("ModuleT", contravariant=True)
+
+
+def drain(steps: Generator[S, None, T], each: Callable[[S], object]) -> T:
+    """Hand every step to a function, and return the generator's result."""
+    with closing(steps):
+        while True:
+            try:
+                step = next(steps)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            each(step)
 
 
 class Residency(Protocol[ModuleT]):
@@ -138,12 +152,18 @@ class Lockstep(Generic[M]):
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """The results of all tasks, in their order."""
+        return drain(self.passes(tasks), lambda block: None)
+
+    def passes(self, tasks: Sequence[Callable[[], T]]) -> Generator[str, None, list[T]]:
+        """The same, with the name of each block that was passed. To close it stops all tasks."""
         workers = [_Worker(index, task) for index, task in enumerate(tasks)]
         try:
             for worker in workers:
                 worker.advance(self._bind)
             while waiting := {worker.block for worker in workers if worker.block is not None}:
-                self._pass(min(waiting, key=self._order.__getitem__), workers)
+                block = min(waiting, key=self._order.__getitem__)
+                self._pass(block, workers)
+                yield block
         finally:
             for worker in workers:
                 worker.release()

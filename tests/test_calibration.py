@@ -5,16 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dqconvert.calibration.collect import Subject, collect
+from dqconvert.calibration.collect import Subject, collect, collecting
 from dqconvert.calibration.denoiser import blocks_of, fill, skeleton
 from dqconvert.calibration.lockstep import Lockstep, Resident
 from dqconvert.calibration.pipeline import drawing, encode, open_denoiser
@@ -22,8 +23,7 @@ from dqconvert.calibration.prompts import Prompt
 from dqconvert.calibration.require import require
 from dqconvert.calibration.settings import CalibrationSettings, Site
 from dqconvert.calibration.signature import read_signature
-from dqconvert.calibration.store import LazyStats, load, save
-from dqconvert.quantizers.errors import CalibrationError, MissingExtra, OutputError
+from dqconvert.quantizers.errors import CalibrationError, MissingExtra
 from dqconvert.quantizers.tensors import LayerStats
 
 HERE = Path(__file__).parent
@@ -182,8 +182,20 @@ def test_progress_counts_the_steps_of_all_prompts(subject: Subject) -> None:
     found = collect(
         subject, SITES[:1], PROMPTS, settings, lambda done, total: seen.append((done, total))
     )
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(2, 4), (4, 4)], "both prompts end a step in the pass of the same block"
     assert found["txt.qkv"].second_moment is None
+
+
+def test_a_progress_that_raises_or_a_closed_generator_stops_it(subject: Subject) -> None:
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(subject, SITES, PROMPTS, SETTINGS, fail)
+    steps = collecting(subject, SITES, PROMPTS, SETTINGS)
+    assert next(steps) == (3, 6)
+    steps.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("lockstep")]
 
 
 def test_bfloat16_and_a_size_of_ones_own(subject: Subject) -> None:
@@ -330,73 +342,6 @@ def test_guidance_goes_to_the_option_that_works() -> None:
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(MissingExtra, match=r"'no_such_package'.*dqconvert\[calibration\]"):
         require("no_such_package", "utils")
-
-
-# The file of statistics
-
-
-@pytest.fixture
-def path(tmp_path: Path, stats: dict[str, LayerStats]) -> Iterator[Path]:
-    where = tmp_path / "cache" / "stats.safetensors"
-    save(where, "k", stats)
-    yield where
-    assert [file.name for file in where.parent.iterdir()] == [where.name], "nothing else is left"
-
-
-def test_statistics_survive_the_disk(path: Path, stats: dict[str, LayerStats]) -> None:
-    lazy = LazyStats(path, "k")
-    assert list(lazy) == [site.name for site in SITES] and len(lazy) == len(SITES)
-    for found in (load(path, "k"), lazy):
-        for site, layer in stats.items():
-            assert found[site].count == layer.count
-            for field in FIELDS:
-                assert torch.equal(getattr(found[site], field), getattr(layer, field))
-    with pytest.raises(KeyError):
-        lazy["none"]
-
-
-def test_statistics_without_moments_and_over_an_old_file(
-    path: Path, stats: dict[str, LayerStats]
-) -> None:
-    one, two, three = torch.ones(3, 3).unbind(1)
-    rows = torch.ones(3, 2).T
-    layer = LayerStats(4, one.clone(), two.clone(), three.clone(), None, rows)
-    save(path, "new", {"a": layer})
-    assert load(path, "new")["a"].second_moment is None
-
-
-def test_other_keys_and_other_files_are_refused(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="of another model"):
-        load(path, "other")
-    with pytest.raises(CalibrationError, match="no such file"):
-        load(tmp_path / "none", "k")
-    foreign = tmp_path / "foreign.safetensors"
-    save_file({"a": torch.ones(1)}, foreign)
-    with pytest.raises(CalibrationError, match="no file of calibration statistics"):
-        load(foreign, "k")
-    save_file({}, foreign, {"format": "dqconvert calibration", "version": "0", "key": "k"})
-    with pytest.raises(CalibrationError, match=r"version 0.*calibrate again"):
-        load(foreign, "k")
-    save_file({}, foreign, {"format": "dqconvert calibration", "version": "1", "key": "k"})
-    with pytest.raises(CalibrationError, match="list of sites"):
-        load(foreign, "k")
-    foreign.write_text("no file of tensors")
-    with pytest.raises(CalibrationError, match="delete it and calibrate again"):
-        load(foreign, "k")
-
-
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_files_are_refused(path: Path, part: float) -> None:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(CalibrationError, match=r"truncated.*calibrate again"):
-        load(path, "k")
-
-
-def test_a_place_that_cannot_be_written(tmp_path: Path, stats: dict[str, LayerStats]) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"):
-        save(tmp_path / "file" / "stats.safetensors", "k", stats)
 
 
 def test_the_default_digits_pipeline_calibrates() -> None:

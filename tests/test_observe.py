@@ -7,6 +7,7 @@ with one-hot rows it counts each of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,15 @@ from torch import Tensor
 from dqconvert.calibration.observe import Observer
 from dqconvert.quantizers.errors import CalibrationError
 from dqconvert.quantizers.tensors import LayerStats
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small only lose time to the start of other threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def observe(
