@@ -87,11 +87,23 @@ def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
 
 
 def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSpec | None) -> float:
-    """||Y' - Y|| / ||Y|| on the held rows, activations quantized as the runtime does; biases
-    count in the difference, not in the norm, so that a large constant cannot hide an error."""
-    assert problem.stats is not None
-    x = problem.stats.rows.float()
-    reference = x @ problem.weight.float().T
+    """||Y' - Y|| / ||Y|| on the held rows, activations quantized as the runtime does.
+
+    Biases count in the difference, not in the norm, so that a large constant cannot hide an
+    error. Where no row could be held, the error that XᵀX predicts for the weight alone.
+    """
+    stats = problem.stats
+    assert stats is not None
+    weight = problem.weight.float()
+    if not len(stats.rows):
+        off = effective_weight(q) - weight
+        moment = torch.diag(stats.mean_square)
+        moment = moment if stats.second_moment is None else stats.second_moment.float()
+        return _ratio(
+            ((off @ moment) * off).sum().sqrt(), ((weight @ moment) * weight).sum().sqrt()
+        )
+    x = stats.rows.float()
+    reference = x @ weight.T
     exact = reference if problem.bias is None else reference + problem.bias.float()
     return _ratio((apply(q, x, activation) - exact).norm(), reference.norm())
 

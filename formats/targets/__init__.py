@@ -6,6 +6,7 @@ A target module holds
     DIALECT                     the family's naming dialect that it writes
     KEEP_DTYPE                  dtype of tensors that stay unquantized, None to keep each as found
     ROLES                       {role of a linear: "weight" | "modulation"}; others are kept
+    PARTIAL                     whether single linears may stay unquantized
     accepts(scheme)             None, or why the runtime has no layout for this scheme
     problem(form)               None, or why this layer cannot be packed
     shift(form)                 the constant that the runtime adds to inputs behind a GELU
@@ -59,6 +60,7 @@ class Target(Protocol):
     DIALECT: str
     KEEP_DTYPE: str | None
     ROLES: Mapping[str, str]
+    PARTIAL: bool
 
     def accepts(self, scheme: Scheme) -> str | None: ...
 

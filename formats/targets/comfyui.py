@@ -42,6 +42,7 @@ SUMMARY = "single file for ComfyUI"
 DIALECT = "original"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
+PARTIAL = True
 
 ROW, TENSOR = (1, ALL), (ALL, ALL)
 FORMATS = {

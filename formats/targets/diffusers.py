@@ -33,6 +33,7 @@ SUMMARY = "model folder for diffusers >= 0.40 (nunchaku_lite)"
 DIALECT = "diffusers"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
+PARTIAL = True
 
 LAYOUT = svdq.Layout(
     smooth=("smooth_factor",),

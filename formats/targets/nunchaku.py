@@ -39,6 +39,7 @@ SUMMARY = "single file for nunchaku, ComfyUI-nunchaku and sglang"
 DIALECT = "nunchaku"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
+PARTIAL = False
 
 LAYOUT = svdq.Layout(
     smooth=("smooth", "smooth_orig"),

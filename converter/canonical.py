@@ -1,0 +1,226 @@
+"""A checkpoint under its family's canonical names, whatever dialect it was written in.
+
+The family's table says which rows of which tensor a canonical tensor is; reading slices them out
+of the file. The same table, read the other way, composes a dialect's tensors from canonical ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dqconvert.converter.families import families
+from dqconvert.converter.family import Entry, Family, depth, fill, leaves, match
+from dqconvert.formats.source import Source
+from dqconvert.quantizers.errors import SourceError
+from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap."""
+
+    tensor: str
+    rows: tuple[int, int] | None = None
+    swap: bool = False
+
+
+class CanonicalSource:
+    """The transformer of a checkpoint, tensors by canonical name.
+
+    infos: in the file's order; ignored: how many tensors of an all-in-one checkpoint belong to
+    other components.
+    """
+
+    def __init__(
+        self, source: Source, family: Family, dialect: str, origins: Mapping[str, Origin]
+    ) -> None:
+        self.source, self.family, self.dialect = source, family, dialect
+        self._origins = origins
+        self.infos: Infos = {name: _info(source.infos, at) for name, at in origins.items()}
+        self.ignored = len(source.infos) - len({at.tensor for at in origins.values()})
+
+    @property
+    def hidden(self) -> int:
+        """The model's hidden size."""
+        return self.infos[self.family.hidden].shape[0]
+
+    def read(self, name: str) -> Tensor:
+        """A canonical tensor, in fresh memory."""
+        origin = self._origins[name]
+        tensor = self.source.read(origin.tensor, origin.rows)
+        return swap_halves(tensor) if origin.swap else tensor
+
+    def where(self, name: str) -> str:
+        """File and tensor that a canonical tensor comes from, for messages."""
+        origin = self._origins[name]
+        return f"{self.source.where(origin.tensor)}: tensor {origin.tensor}"
+
+
+def open_canonical(source: Source, path: Path) -> CanonicalSource:
+    """Recognise the family and the dialect of a checkpoint from its headers.
+
+    Raises SourceError if it is no transformer of a known family, incomplete, or already
+    quantized.
+    """
+    for family in families().values():
+        for prefix in (*family.prefixes, ""):
+            names = [n for n in source.infos if n.startswith(prefix)]
+            for dialect in ("original", "diffusers"):
+                origins = _origins(source.infos, names, prefix, family, dialect)
+                if all(name in origins for name in family.signature):
+                    found = CanonicalSource(source, family, dialect, origins)
+                    _check(found, names, path)
+                    return found
+    some = ", ".join(list(source.infos)[:3])
+    known = ", ".join(family.title for family in families().values())
+    raise SourceError(
+        f"{path}: not a diffusion transformer that is known (its tensors: {some} ...); "
+        f"known families: {known}"
+    )
+
+
+def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Canonical tensors that a model of the family's depth must have, and those that it may."""
+    names = list(names)
+    required: set[str] = set()
+    optional: set[str] = set()
+    for entry in family.dialects["original"]:
+        for leaf in leaves(entry):
+            for ours in leaf.ours:
+                found = set(_numbered(ours, family, names))
+                loose = ours.startswith(family.optional) if family.optional else False
+                (optional if loose else required).update(found)
+    return required, optional
+
+
+def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, str]]:
+    """Entries of a dialect for a given model, block by block, each with its block index.
+
+    Canonical modules that the dialect does not mention keep their name: one entry each. The
+    leaves that exist decide whether an entry for `.*` has a bias.
+    """
+    table = family.dialects[dialect]
+    found: dict[str, tuple[Entry, str]] = {}
+    for name in infos:
+        module = name.rpartition(".")[0]
+        rows = [
+            (entry, index)
+            for entry in table
+            for ours in entry.ours
+            if (index := match(ours.removesuffix(".*"), module if ours.endswith(".*") else name))
+            is not None
+        ]
+        if not rows:
+            linear = family.linear(module)
+            own = Entry(f"{module}.*", (f"{module}.*",)) if linear else Entry(name, (name,))
+            rows = [(own, "")]
+        for entry, index in rows:
+            found.setdefault(fill(entry.theirs, index), (entry, index))
+    return list(found.values())
+
+
+def compose(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
+    """A dialect's tensor from its canonical parts, already cut to their columns."""
+    import torch
+
+    tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return swap_halves(tensor) if entry.swap else tensor
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """The two halves of the rows, exchanged."""
+    return tensor.roll(tensor.shape[0] // 2, 0)
+
+
+def composed_info(entry: Entry, infos: Sequence[TensorInfo]) -> TensorInfo:
+    """What compose makes of tensors with these infos."""
+    rows = sum(info.shape[0] for info in infos)
+    return replace(infos[0], shape=(rows, *infos[0].shape[1:]))
+
+
+def _info(infos: Infos, origin: Origin) -> TensorInfo:
+    info = infos[origin.tensor]
+    if origin.rows is None:
+        return info
+    return replace(info, shape=(origin.rows[1] - origin.rows[0], *info.shape[1:]))
+
+
+def _origins(
+    infos: Infos, names: Sequence[str], prefix: str, family: Family, dialect: str
+) -> dict[str, Origin]:
+    """Where each canonical tensor lies; names that the table does not know are left out."""
+    if dialect == "diffusers":
+        required, optional = expected(family, (name.removeprefix(prefix) for name in names))
+        known = required | optional
+        short = {name.removeprefix(prefix): name for name in names}
+        return {name: Origin(full) for name, full in short.items() if name in known}
+    table = [leaf for entry in family.dialects[dialect] for leaf in leaves(entry)]
+    matched: list[tuple[str, Entry, str]] = []
+    for name in names:
+        for leaf in table:
+            index = match(leaf.theirs, name.removeprefix(prefix))
+            if index is not None:
+                matched.append((name, leaf, index))
+    hidden = next(
+        (infos[name].shape[0] for name, leaf, _ in matched if leaf.ours == (family.hidden,)), 0
+    )
+    return {
+        ours: origin
+        for name, leaf, index in matched
+        for ours, origin in _split(name, infos[name], leaf, index, hidden)
+    }
+
+
+def _split(
+    name: str, info: TensorInfo, leaf: Entry, index: str, hidden: int
+) -> Iterable[tuple[str, Origin]]:
+    """The canonical tensors inside one tensor of a dialect."""
+    if len(leaf.ours) == 1:
+        yield fill(leaf.ours[0], index), Origin(name, swap=leaf.swap)
+        return
+    start = 0
+    for ours in leaf.ours:
+        stop = info.shape[0] if ours is leaf.ours[-1] else start + hidden
+        if stop > start:
+            yield fill(ours, index), Origin(name, (start, stop))
+        start = stop
+
+
+def _numbered(pattern: str, family: Family, names: Sequence[str]) -> Iterable[str]:
+    if "{i}" not in pattern:
+        return [pattern]
+    blocks = next(b for b in family.blocks if pattern.startswith(f"{b}.{{i}}"))
+    return [fill(pattern, str(i)) for i in range(depth(names, blocks))]
+
+
+def _check(found: CanonicalSource, names: Sequence[str], path: Path) -> None:
+    """Complete, nothing unknown, all tensors floating point."""
+    title = found.family.title
+    for name, info in found.infos.items():
+        if info.dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{found.where(name)} is {info.dtype}: the checkpoint is already quantized; "
+                "give the 16 or 32 bit original"
+            )
+    required, _ = expected(found.family, found.infos)
+    missing = sorted(required - found.infos.keys())
+    if missing:
+        raise SourceError(
+            f"{path}: an incomplete {title} checkpoint; {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}; download it again"
+        )
+    used = {origin.tensor for origin in found._origins.values()}
+    unknown = [name for name in names if name not in used]
+    if unknown:
+        raise SourceError(
+            f"{path}: {len(unknown)} tensors are not part of {title}, the first is {unknown[0]}; "
+            "is it already quantized, or another model?"
+        )

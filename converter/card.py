@@ -1,0 +1,70 @@
+"""The model card that lies beside converted weights, with the front matter that the Hub reads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dqconvert.converter.job import Report
+
+if TYPE_CHECKING:
+    from dqconvert.converter.convert import Prepared
+
+
+def render(prepared: Prepared, report: Report) -> str:
+    """The card as Markdown."""
+    model, plan = prepared.model, prepared.plan
+    worst = report.worst
+    lines = [
+        *_front_matter(prepared),
+        f"# {model.name}, {plan.scheme.name} for {plan.target.NAME}",
+        "",
+        f"{prepared.source.family.title} quantized with dqconvert: {plan.scheme.summary}.",
+        f"Target: {plan.target.SUMMARY}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| size | {plan.nbytes / 1e9:.2f} GB, from {plan.source_bytes / 1e9:.2f} GB |",
+        f"| quantized layers | {len(report.layers)} |",
+        f"| mean weight error | {report.mean('weight_error') or 0:.4f} |",
+    ]
+    mean = report.mean("output_error")
+    if mean is not None:
+        lines.append(f"| mean output error on held calibration rows | {mean:.4f} |")
+    lines += [
+        f"| worst layer | `{worst.name}` ({worst.error:.4f}) |",
+        f"| calibration | {_calibration(prepared)} |",
+        "",
+        "Errors are relative Frobenius norms. `dqconvert.json` has the error of every layer, the",
+        "options, and the SHA-256 of every file.",
+        "",
+        *(f"Note: {note}." for note in report.notes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _front_matter(prepared: Prepared) -> list[str]:
+    model, plan = prepared.model, prepared.plan
+    lines = ["---"]
+    if model.origin:
+        lines += [f"base_model: {model.origin}", "base_model_relation: quantized"]
+    if model.license in (None, "apache-2.0"):
+        lines += [f"license: {model.license}"] if model.license else []
+    else:
+        lines += ["license: other", f"license_name: {model.license}"]
+    if plan.target.NAME == "diffusers":
+        lines.append("library_name: diffusers")
+    lines += [
+        "pipeline_tag: text-to-image",
+        f"tags: [dqconvert, {plan.scheme.name}, {plan.target.NAME}]",
+        "---",
+        "",
+    ]
+    return lines
+
+
+def _calibration(prepared: Prepared) -> str:
+    found = prepared.calibration
+    if found is None:
+        return "none, from weights alone"
+    count = len(found.settings.chosen(found.prompts))
+    return f"{count} prompts, {found.settings.steps} steps each"

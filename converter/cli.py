@@ -1,0 +1,221 @@
+"""The command line: words to jobs, one base error to one line, nothing else.
+
+Torch is imported only by the commands that compute; `--help`, `list`, `inspect` and `--dry-run`
+answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dqconvert.converter import show
+from dqconvert.converter.job import Job
+from dqconvert.formats.targets import targets
+from dqconvert.quantizers.errors import DQConvertError, UnknownName
+from dqconvert.quantizers.schemes import schemes
+
+EXISTING = click.Path(path_type=Path)
+
+
+class DefaultGroup(click.Group):
+    """A group in which words that name no command belong to `convert`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put `convert` in front where the first word is no command."""
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--version", "-h"):
+            args = ["convert", *args]
+        return super().parse_args(ctx, args)
+
+
+class Size(click.ParamType[tuple[int, int]]):
+    """HxW in pixels."""
+
+    name = "HxW"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[int, int]:
+        """ "512x768" to (512, 768)."""
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value))
+        if found is None:
+            self.fail(f"'{value}' is not of the form HxW, such as 512x768", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+class Smooth(click.ParamType[str]):
+    """auto, off, or an exponent."""
+
+    name = "auto|off|ALPHA"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> str:
+        """The word, checked."""
+        if value in ("auto", "off") or re.fullmatch(r"0?\.\d+|[01]|1\.0+", str(value)):
+            return str(value)
+        return self.fail(f"'{value}' is none of auto, off, or a number from 0 to 1", param, ctx)
+
+
+def reported(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors of the user's into one line and exit 1, Ctrl-C into exit 130."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except UnknownName as error:
+            raise click.UsageError(str(error)) from error
+        except DQConvertError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was written.", err=True)
+            sys.exit(130)
+
+    return run
+
+
+@click.group(
+    cls=DefaultGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="dqconvert")
+def main() -> None:
+    """Quantize a diffusion transformer for the runtime you use.
+
+    `dqconvert MODEL --scheme NAME` is short for `dqconvert convert MODEL --scheme NAME`.
+    MODEL is an alias (flux1-dev, flux-digits), a Hub id, a folder, or a file.
+    """
+
+
+@main.command()
+@click.argument("model")
+@click.option("--scheme", required=True, metavar="NAME", help="See `dqconvert list schemes`.")
+@click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
+@click.option("--calib", type=EXISTING, metavar="FILE", help="Prompts, .txt or .jsonl.")
+@click.option("--calib-steps", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--calib-samples", type=click.IntRange(1), metavar="N", help="Use N prompts.")
+@click.option("--size", type=Size(), help="Pictures to calibrate on; default: the model's own.")
+@click.option("--pipeline", metavar="MODEL", help="Text encoders for a lone transformer.")
+@click.option("-o", "--output", type=EXISTING, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
+@click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
+@click.option("--rounding", type=click.Choice(["rtn", "gptq"]), help="Default: the scheme's.")
+@click.option("--smooth", type=Smooth(), default="auto", show_default=True)
+@click.option("--keep", metavar="REGEX", help="Linears to leave unquantized, by diffusers name.")
+@click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default: cores.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@reported
+def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
+    """Quantize MODEL (the default command)."""
+    from dqconvert.converter.convert import prepare
+
+    prepared = prepare(Job(**words))
+    if dry_run:
+        show.plan(prepared, as_json)
+        return
+    show.conversion(prepared, as_json, quiet)
+
+
+@main.command("list")
+@click.argument("what", type=click.Choice(["schemes", "targets", "models"]))
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def list_(what: str, as_json: bool) -> None:
+    """Print what there is: schemes, targets or models."""
+    show.table(_rows(what), as_json)
+
+
+@main.command()
+@click.argument("path", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what a checkpoint is: family, dialect, formats, sizes, problems."""
+    from dqconvert.converter.inspect import inspect as look
+
+    show.inspection(look(path), as_json)
+
+
+@main.command()
+@click.argument("out", type=EXISTING)
+@click.option("--against", metavar="MODEL", help="The model that it was made from.")
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def verify(out: Path, against: str | None, as_json: bool) -> None:
+    """Dequantize every layer of OUT from its bytes and report its error.
+
+    Exits with 1 on a missing, misshapen, non-finite or mislabelled tensor.
+    """
+    from dqconvert.converter.verify import verify as check
+
+    verdict = check(out, against)
+    show.verdict(verdict, as_json)
+    sys.exit(1 if verdict.problems else 0)
+
+
+@main.command()
+@click.argument("out", type=EXISTING)
+@click.option("-o", "--output", type=EXISTING, required=True, metavar="FILE")
+@click.option("--overwrite", is_flag=True)
+@reported
+def dequantize(out: Path, output: Path, overwrite: bool) -> None:
+    """Write OUT back as a bf16 checkpoint with diffusers names."""
+    from dqconvert.converter.dequantize import dequantize as write
+
+    click.echo(f"{write(out, output, overwrite)}", err=True)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--calib", type=EXISTING, metavar="FILE", required=True)
+@click.option("--calib-steps", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--calib-samples", type=click.IntRange(1), metavar="N")
+@click.option("--size", type=Size())
+@click.option("--pipeline", metavar="MODEL")
+@click.option("-q", "--quiet", is_flag=True)
+@reported
+def calibrate(quiet: bool, **words: Any) -> None:
+    """Collect statistics only; conversions with equal prompts and settings reuse them."""
+    from dqconvert.converter.statistics import calibrate as run
+
+    path = show.with_progress(lambda listen: run(Job(scheme="", **words), listen), quiet)
+    click.echo(str(path))
+
+
+def _rows(what: str) -> list[dict[str, str]]:
+    from dqconvert.converter.families import families
+    from dqconvert.converter.resolve import embedded
+
+    if what == "schemes":
+        return [
+            {"name": s.name, "what": s.summary, "targets": ", ".join(s.targets)}
+            for s in schemes().values()
+        ]
+    if what == "targets":
+        return [
+            {
+                "name": t.NAME,
+                "what": t.SUMMARY,
+                "schemes": ", ".join(s.name for s in schemes().values() if not t.accepts(s)),
+            }
+            for t in targets().values()
+        ]
+    rows = [{"name": name, "family": "FLUX.1", "where": "embedded"} for name in embedded()]
+    for family in families().values():
+        rows += [
+            {"name": alias, "family": family.title, "where": hub}
+            for alias, hub in family.aliases.items()
+        ]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""FLUX.1 (dev, schnell, Kontext, Fill, Krea), of any width and depth.
+
+Names: diffusers/models/transformers/transformer_flux.py; original: black-forest-labs/flux
+src/flux/model.py, which ComfyUI shares; nunchaku: FluxModel.cpp (version 1 names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+
+_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+
+_LINEARS = (
+    Linear(f"{_DOUBLE}.norm1.linear", "modulation", splits=6),
+    Linear(f"{_DOUBLE}.norm1_context.linear", "modulation", splits=6),
+    *(
+        Linear(f"{_DOUBLE}.attn.{name}", "attention", "image_qkv", f"{_DOUBLE}.attn.to_q")
+        for name in ("to_q", "to_k", "to_v")
+    ),
+    *(
+        Linear(f"{_DOUBLE}.attn.{name}", "attention", "text_qkv", f"{_DOUBLE}.attn.add_q_proj")
+        for name in ("add_q_proj", "add_k_proj", "add_v_proj")
+    ),
+    Linear(f"{_DOUBLE}.attn.to_out.0", "attention", "attention_out"),
+    Linear(f"{_DOUBLE}.attn.to_add_out", "attention", "attention_out"),
+    Linear(f"{_DOUBLE}.ff.net.0.proj", "mlp", "image_mlp_in"),
+    Linear(f"{_DOUBLE}.ff.net.2", "mlp", "image_mlp_out", gelu=0),
+    Linear(f"{_DOUBLE}.ff_context.net.0.proj", "mlp", "text_mlp_in"),
+    Linear(f"{_DOUBLE}.ff_context.net.2", "mlp", "text_mlp_out", gelu=0),
+    Linear(f"{_SINGLE}.norm.linear", "modulation", splits=3),
+    *(
+        Linear(f"{_SINGLE}.{name}", role, "qkv_mlp", f"{_SINGLE}.attn.to_q")
+        for name, role in (
+            ("attn.to_q", "attention"),
+            ("attn.to_k", "attention"),
+            ("attn.to_v", "attention"),
+            ("proj_mlp", "mlp"),
+        )
+    ),
+    Linear(f"{_SINGLE}.proj_out", "mlp", "out", gelu="hidden"),
+)
+
+
+def _qkv(prefix: str, names: tuple[str, str, str]) -> tuple[str, ...]:
+    return tuple(f"{prefix}.attn.{name}.*" for name in names)
+
+
+_IMAGE, _TEXT = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def _mlp_embedder(theirs: str, ours: str) -> tuple[Entry, Entry]:
+    ours = f"time_text_embed.{ours}"
+    return (
+        Entry(f"{theirs}.in_layer.*", (f"{ours}.linear_1.*",)),
+        Entry(f"{theirs}.out_layer.*", (f"{ours}.linear_2.*",)),
+    )
+
+
+def _stream(theirs: str, ours: Mapping[str, str], qkv: tuple[str, str, str]) -> tuple[Entry, ...]:
+    """One of the two streams, image and text, of a double block."""
+    prefix = f"double_blocks.{{i}}.{theirs}"
+    return (
+        Entry(f"{prefix}_mod.lin.*", (f"{_DOUBLE}.{ours['mod']}.linear.*",)),
+        Entry(f"{prefix}_attn.qkv.*", _qkv(_DOUBLE, qkv)),
+        Entry(f"{prefix}_attn.norm.query_norm.scale", (f"{_DOUBLE}.attn.{ours['q']}.weight",)),
+        Entry(f"{prefix}_attn.norm.key_norm.scale", (f"{_DOUBLE}.attn.{ours['k']}.weight",)),
+        Entry(f"{prefix}_attn.proj.*", (f"{_DOUBLE}.attn.{ours['out']}.*",)),
+        Entry(f"{prefix}_mlp.0.*", (f"{_DOUBLE}.{ours['mlp']}.net.0.proj.*",)),
+        Entry(f"{prefix}_mlp.2.*", (f"{_DOUBLE}.{ours['mlp']}.net.2.*",)),
+    )
+
+
+_ORIGINAL = (
+    Entry("img_in.*", ("x_embedder.*",)),
+    Entry("txt_in.*", ("context_embedder.*",)),
+    *_mlp_embedder("time_in", "timestep_embedder"),
+    *_mlp_embedder("vector_in", "text_embedder"),
+    *_mlp_embedder("guidance_in", "guidance_embedder"),
+    *_stream(
+        "img",
+        {"mod": "norm1", "q": "norm_q", "k": "norm_k", "out": "to_out.0", "mlp": "ff"},
+        _IMAGE,
+    ),
+    *_stream(
+        "txt",
+        {
+            "mod": "norm1_context",
+            "q": "norm_added_q",
+            "k": "norm_added_k",
+            "out": "to_add_out",
+            "mlp": "ff_context",
+        },
+        _TEXT,
+    ),
+    Entry("single_blocks.{i}.modulation.lin.*", (f"{_SINGLE}.norm.linear.*",)),
+    Entry("single_blocks.{i}.linear1.*", (*_qkv(_SINGLE, _IMAGE), f"{_SINGLE}.proj_mlp.*")),
+    Entry("single_blocks.{i}.norm.query_norm.scale", (f"{_SINGLE}.attn.norm_q.weight",)),
+    Entry("single_blocks.{i}.norm.key_norm.scale", (f"{_SINGLE}.attn.norm_k.weight",)),
+    Entry("single_blocks.{i}.linear2.*", (f"{_SINGLE}.proj_out.*",)),
+    # BFL's final layer takes (shift, scale), diffusers' AdaLayerNormContinuous (scale, shift).
+    Entry("final_layer.adaLN_modulation.1.*", ("norm_out.linear.*",), swap=True),
+    Entry("final_layer.linear.*", ("proj_out.*",)),
+)
+
+_NUNCHAKU = (
+    Entry(f"{_DOUBLE}.qkv_proj.*", _qkv(_DOUBLE, _IMAGE)),
+    Entry(f"{_DOUBLE}.qkv_proj_context.*", _qkv(_DOUBLE, _TEXT)),
+    Entry(f"{_DOUBLE}.norm_q.weight", (f"{_DOUBLE}.attn.norm_q.weight",)),
+    Entry(f"{_DOUBLE}.norm_k.weight", (f"{_DOUBLE}.attn.norm_k.weight",)),
+    Entry(f"{_DOUBLE}.norm_added_q.weight", (f"{_DOUBLE}.attn.norm_added_q.weight",)),
+    Entry(f"{_DOUBLE}.norm_added_k.weight", (f"{_DOUBLE}.attn.norm_added_k.weight",)),
+    Entry(f"{_DOUBLE}.out_proj.*", (f"{_DOUBLE}.attn.to_out.0.*",)),
+    Entry(f"{_DOUBLE}.out_proj_context.*", (f"{_DOUBLE}.attn.to_add_out.*",)),
+    Entry(f"{_DOUBLE}.mlp_fc1.*", (f"{_DOUBLE}.ff.net.0.proj.*",)),
+    Entry(f"{_DOUBLE}.mlp_fc2.*", (f"{_DOUBLE}.ff.net.2.*",)),
+    Entry(f"{_DOUBLE}.mlp_context_fc1.*", (f"{_DOUBLE}.ff_context.net.0.proj.*",)),
+    Entry(f"{_DOUBLE}.mlp_context_fc2.*", (f"{_DOUBLE}.ff_context.net.2.*",)),
+    Entry(f"{_SINGLE}.qkv_proj.*", _qkv(_SINGLE, _IMAGE)),
+    Entry(f"{_SINGLE}.norm_q.weight", (f"{_SINGLE}.attn.norm_q.weight",)),
+    Entry(f"{_SINGLE}.norm_k.weight", (f"{_SINGLE}.attn.norm_k.weight",)),
+    Entry(f"{_SINGLE}.mlp_fc1.*", (f"{_SINGLE}.proj_mlp.*",)),
+    Entry(f"{_SINGLE}.out_proj.*", (f"{_SINGLE}.proj_out.*",), columns=(0, "hidden")),
+    Entry(f"{_SINGLE}.mlp_fc2.*", (f"{_SINGLE}.proj_out.*",), columns=("hidden", None)),
+)
+
+
+def _config_of(infos: Infos) -> dict[str, Any]:
+    """The FluxTransformer2DModel config that the shapes imply."""
+    hidden, channels = infos["x_embedder.weight"].shape
+    head = infos["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
+
+    out_channels = infos["proj_out.weight"].shape[0]
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": out_channels if out_channels != channels else None,
+        "num_layers": depth(infos, "transformer_blocks"),
+        "num_single_layers": depth(infos, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": infos["context_embedder.weight"].shape[1],
+        "pooled_projection_dim": infos["time_text_embed.text_embedder.linear_1.weight"].shape[1],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in infos,
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+    }
+
+
+def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """nunchaku's class name and the model that ComfyUI-nunchaku builds around it."""
+    if dialect != "nunchaku":
+        return {}
+    guidance = bool(config["guidance_embeds"])
+    in_channels = config["in_channels"]
+    heads = config["num_attention_heads"]
+    comfy = {
+        "axes_dim": list(config["axes_dims_rope"]),
+        "context_in_dim": config["joint_attention_dim"],
+        "depth": config["num_layers"],
+        "depth_single_blocks": config["num_single_layers"],
+        "disable_unet_model_creation": True,
+        "guidance_embed": guidance,
+        "hidden_size": heads * config["attention_head_dim"],
+        "image_model": "flux",
+        "in_channels": in_channels // 4,
+        "mlp_ratio": 4.0,
+        "num_heads": heads,
+        "out_channels": (config.get("out_channels") or in_channels) // 4,
+        "patch_size": 2,
+        "qkv_bias": True,
+        "theta": 10000,
+        "vec_in_dim": config["pooled_projection_dim"],
+    }
+    return {
+        "model_class": "NunchakuFluxTransformer2dModel",
+        "comfy_config": {
+            "model_class": "Flux" if guidance else "FluxSchnell",
+            "model_config": comfy,
+        },
+    }
+
+
+_HUB = "black-forest-labs/FLUX.1-"
+
+FAMILY = Family(
+    name="flux",
+    title="FLUX.1",
+    aliases={
+        "flux1-dev": f"{_HUB}dev",
+        "flux1-schnell": f"{_HUB}schnell",
+        "flux1-kontext-dev": f"{_HUB}Kontext-dev",
+        "flux1-fill-dev": f"{_HUB}Fill-dev",
+        "flux1-krea-dev": f"{_HUB}Krea-dev",
+    },
+    licenses={
+        "flux1-schnell": "apache-2.0",
+        "flux1-dev": "flux-1-dev-non-commercial-license",
+        "flux1-kontext-dev": "flux-1-dev-non-commercial-license",
+        "flux1-fill-dev": "flux-1-dev-non-commercial-license",
+        "flux1-krea-dev": "flux-1-dev-non-commercial-license",
+    },
+    signature=(
+        "x_embedder.weight",
+        "context_embedder.weight",
+        "time_text_embed.text_embedder.linear_1.weight",
+        "transformer_blocks.0.norm1_context.linear.weight",
+        "single_transformer_blocks.0.norm.linear.weight",
+        "single_transformer_blocks.0.proj_mlp.weight",
+    ),
+    hidden="x_embedder.weight",
+    optional=("time_text_embed.guidance_embedder",),
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    linears=_LINEARS,
+    dialects={"diffusers": (), "original": _ORIGINAL, "nunchaku": _NUNCHAKU},
+    config_of=_config_of,
+    facts=_facts,
+)

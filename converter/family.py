@@ -1,0 +1,130 @@
+"""What a family is: the tables that join a model's names, dialects and roles. Torch-free.
+
+Canonical names are the diffusers ones. Patterns hold `{i}` for a block index and may end in `.*`
+for the leaves weight and bias.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from dqconvert.quantizers.spec import TensorInfo
+
+LEAVES = ("weight", "bias")
+Infos = Mapping[str, TensorInfo]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One module, or one tensor, of a dialect and the canonical ones that it is made of.
+
+    ours: stacked on rows, in this order; all but the last have the model's hidden size. columns:
+    the input channels start .. stop of a single canonical linear, "hidden" and None allowed; its
+    bias goes to the entry that reaches the last column. swap: the two halves of the rows change
+    places.
+    """
+
+    theirs: str
+    ours: tuple[str, ...]
+    columns: tuple[int | str, int | str | None] | None = None
+    swap: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear inside a block.
+
+    role: "attention", "mlp" or "modulation". shares: label, within the block, of the linears
+    that share one smooth vector. site: the linear whose input is observed for it (None: its
+    own). gelu: input channel from which the input comes out of a GELU. splits: chunks of a
+    modulation linear.
+    """
+
+    name: str
+    role: str
+    shares: str = ""
+    site: str | None = None
+    gelu: int | str | None = None
+    splits: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model family, as data.
+
+    title: for people; aliases: {short name: Hub id}. signature: canonical tensors that only this
+    family has together. hidden: canonical tensor whose rows are the hidden size. blocks: the
+    module lists of transformer blocks. optional: modules that some variants lack. prefixes: what
+    all-in-one checkpoints put before the transformer's names. dialects: {name: entries};
+    "original" lists every tensor, in the others a name that no entry mentions stays as it is;
+    "diffusers" is the identity. config_of(infos): the diffusers config that the shapes imply;
+    facts(dialect, config): what a runtime wants to be told beside the tensors.
+    """
+
+    name: str
+    title: str
+    aliases: Mapping[str, str]
+    licenses: Mapping[str, str]
+    signature: tuple[str, ...]
+    hidden: str
+    blocks: tuple[str, ...]
+    linears: tuple[Linear, ...]
+    dialects: Mapping[str, tuple[Entry, ...]]
+    config_of: Callable[[Infos], dict[str, Any]]
+    facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+    optional: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ("model.diffusion_model.",)
+
+    def linear(self, name: str) -> tuple[Linear, str] | None:
+        """The table row of a canonical linear and its block index, or None."""
+        for row in self.linears:
+            index = match(row.name, name)
+            if index is not None:
+                return row, index
+        return None
+
+
+def match(pattern: str, name: str) -> str | None:
+    """The block index of a name under a pattern ("" if it has none), or None."""
+    found = _expression(pattern).fullmatch(name)
+    if found is None:
+        return None
+    return found[1] if found.groups() else ""
+
+
+@cache
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(re.escape("{i}"), r"(\d+)"))
+
+
+def depth(names: Iterable[str], blocks: str) -> int:
+    """How many blocks of a module list the names know: the highest index plus one."""
+    found = (
+        match(f"{blocks}.{{i}}", ".".join(name.split(".")[: blocks.count(".") + 2]))
+        for name in names
+    )
+    return max((int(index) + 1 for index in found if index), default=0)
+
+
+def fill(pattern: str, index: str) -> str:
+    """A pattern with its block index."""
+    return pattern.replace("{i}", index)
+
+
+def leaves(entry: Entry) -> list[Entry]:
+    """An entry for `.*` as one entry for each leaf; others as they are."""
+    if not entry.theirs.endswith(".*"):
+        return [entry]
+    return [
+        Entry(
+            entry.theirs[:-1] + leaf,
+            tuple(name[:-1] + leaf for name in entry.ours),
+            entry.columns,
+            entry.swap,
+        )
+        for leaf in LEAVES
+    ]

@@ -1,0 +1,90 @@
+"""What a checkpoint is, from its headers alone. Torch-free."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.reopen import reopen
+from dqconvert.formats.source import open_source
+from dqconvert.formats.targets import targets
+from dqconvert.quantizers.errors import SourceError
+from dqconvert.quantizers.spec import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """facts: one line each, by name; formats: layers (or tensors) by format; problems."""
+
+    facts: dict[str, str]
+    formats: dict[str, int]
+    problems: tuple[str, ...] = ()
+
+
+def inspect(path: Path) -> Inspection:
+    """Look at a quantized file of ours, or at a checkpoint to be quantized.
+
+    Raises SourceError if it is neither.
+    """
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    weights = path / "transformer" if (path / "model_index.json").exists() else path
+    source = open_source(weights)
+    config = {}
+    if (path / "config.json").exists():
+        from dqconvert.converter.resolve import read_json
+
+        config = read_json(path / "config.json")
+    for target in targets().values():
+        if target.recognize(source.infos, source.metadata, config):
+            return _quantized(path)
+    found = open_canonical(source, weights)
+    facts = {
+        "family": found.family.title,
+        "dialect": found.dialect,
+        "files": ", ".join(file.name for file in source.files),
+        "tensors": str(len(source.infos)),
+        "size": _size(source.infos.values()),
+        "config": ", ".join(
+            f"{key} {value}"
+            for key, value in found.family.config_of(found.infos).items()
+            if not key.startswith("_")
+        ),
+    }
+    if found.ignored:
+        facts["ignored"] = f"{found.ignored} tensors of other components"
+    return Inspection(facts, dict(Counter(info.dtype for info in found.infos.values())))
+
+
+def _quantized(path: Path) -> Inspection:
+    found = reopen(path)
+    infos = found.source.infos
+    facts = {
+        "family": found.family.title,
+        "target": found.target.NAME,
+        "scheme": str(found.recognized.scheme),
+        "files": ", ".join(file.name for file in found.source.files),
+        "tensors": str(len(infos)),
+        "size": _size(infos.values()),
+    }
+    if found.recognized.rank:
+        facts["rank"] = str(found.recognized.rank)
+    facts |= {f"metadata {key}": _short(text) for key, text in found.source.metadata.items()}
+    formats = Counter(
+        f"{layer.form.spec.code} {'modulation' if layer.form.splits else 'linear'}"
+        for layer in found.layers
+    )
+    formats["kept"] = len(found.kept)
+    problems = [*found.recognized.problems, *(f"{name}: missing" for name in found.missing())]
+    return Inspection(facts, dict(formats), tuple(problems))
+
+
+def _size(infos: Iterable[TensorInfo]) -> str:
+    return f"{sum(info.nbytes for info in infos) / 1e9:.3f} GB"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,85 @@
+"""What is asked for, and what was done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One conversion asked for, in the words of the command line (`dqconvert --help`)."""
+
+    model: str
+    scheme: str
+    target: str | None = None
+    calib: Path | None = None
+    calib_steps: int = 12
+    calib_samples: int | None = None
+    size: tuple[int, int] | None = None
+    pipeline: str | None = None
+    output: Path | None = None
+    rank: int | None = None
+    rounding: str | None = None
+    smooth: str = "auto"
+    keep: str | None = None
+    overwrite: bool = False
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a stage is: "calibrate" counts denoising steps, "convert" bytes read."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What quantizing one layer lost.
+
+    weight_error: ||W' - W|| / ||W||, None where there is no W to compare with; output_error:
+    ||Y' - Y|| / ||Y|| on held calibration rows, activations quantized as the runtime does, None
+    without calibration; seconds: of all layers of its group.
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    nbytes: int
+    weight_error: float | None
+    output_error: float | None = None
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """The error to rank layers by."""
+        return self.weight_error or 0.0 if self.output_error is None else self.output_error
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did."""
+
+    output: Path
+    layers: tuple[LayerReport, ...]
+    source_bytes: int
+    output_bytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> LayerReport:
+        """The layer that lost most, by output error where there is one."""
+        return max(self.layers, key=lambda layer: layer.error)
+
+    def mean(self, error: str) -> float | None:
+        """Mean of "weight_error" or "output_error" over the layers that have one."""
+        found = [getattr(layer, error) for layer in self.layers]
+        found = [value for value in found if value is not None]
+        return sum(found) / len(found) if found else None

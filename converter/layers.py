@@ -1,0 +1,140 @@
+"""One group of a plan: read it, quantize it, pack it, and say what was lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dqconvert.converter.canonical import CanonicalSource, compose
+from dqconvert.converter.family import fill, leaves
+from dqconvert.converter.job import LayerReport
+from dqconvert.converter.plan import LayerPlan, Plan
+from dqconvert.quantizers import recipe
+from dqconvert.quantizers.errors import DataError
+from dqconvert.quantizers.recipe import RecipeOptions
+from dqconvert.quantizers.tensors import (
+    TORCH_DTYPES,
+    LayerStats,
+    LinearProblem,
+    QuantizedTensor,
+)
+
+Stats = Mapping[str, LayerStats]
+Tensors = dict[str, Tensor]
+
+
+def run_group(
+    group: Sequence[LayerPlan],
+    plan: Plan,
+    source: CanonicalSource,
+    stats: Stats,
+    options: RecipeOptions,
+) -> tuple[Tensors, list[LayerReport]]:
+    """All output tensors of layers that are quantized together, and a report of each.
+
+    Raises DataError that names file and tensor where a weight holds NaN or infinity.
+    """
+    if group[0].form is None:
+        return _kept(group[0], source), []
+    start = time.perf_counter()
+    problems = [problem_of(layer, source, stats) for layer in group]
+    try:
+        results = _quantize(group, problems, plan, options)
+    except DataError:
+        _blame(group, source)
+        raise
+    tensors: Tensors = {}
+    reports = []
+    for layer, problem, q in zip(group, problems, results, strict=True):
+        assert layer.form is not None
+        packed = plan.target.pack(layer.form, q)
+        tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        reports.append(_report(layer, problem, q, plan))
+    seconds = time.perf_counter() - start
+    return tensors, [replace(report, seconds=seconds) for report in reports]
+
+
+def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> LinearProblem:
+    """The linear that a layer of the plan stands for, stacked and cut as the plan says."""
+    assert layer.form is not None
+    weights = [source.read(f"{module}.weight") for module in layer.modules]
+    parts = tuple(weight.shape[0] for weight in weights)
+    bias = None
+    if layer.carries_bias and layer.form.bias:
+        bias = torch.cat([_bias(m, n, source) for m, n in zip(layer.modules, parts, strict=True)])
+    found = stats.get(layer.site)
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    if layer.columns is not None:
+        weight = weight[:, slice(*layer.columns)].contiguous()
+        found = found and found.columns(*layer.columns)
+    if bias is None and layer.form.bias:
+        bias = torch.zeros(weight.shape[0], dtype=TORCH_DTYPES[layer.form.bias_dtype])
+    return LinearProblem(weight, bias, parts if len(parts) > 1 else (), layer.form.shift, found)
+
+
+def _quantize(
+    group: Sequence[LayerPlan],
+    problems: Sequence[LinearProblem],
+    plan: Plan,
+    options: RecipeOptions,
+) -> list[QuantizedTensor]:
+    form = group[0].form
+    assert form is not None
+    if form.splits and plan.scheme.modulation is not None:
+        return [recipe.quantize_modulation(p, form.spec, options) for p in problems]
+    found = recipe.quantize_group(problems, plan.scheme, options)
+    return [
+        q if layer.form and layer.form.input_scale else replace(q, input_scale=None)
+        for layer, q in zip(group, found, strict=True)
+    ]
+
+
+def _report(
+    layer: LayerPlan, problem: LinearProblem, q: QuantizedTensor, plan: Plan
+) -> LayerReport:
+    assert layer.form is not None
+    weight_only = layer.form.splits and plan.scheme.modulation is not None
+    activation = None if weight_only else plan.scheme.activation
+    return LayerReport(
+        name=layer.name,
+        format=f"{layer.form.spec.code}{'+lowrank' if layer.form.rank else ''}",
+        shape=layer.form.shape,
+        nbytes=layer.nbytes,
+        weight_error=recipe.weight_error(q, problem.weight),
+        output_error=recipe.output_error(q, problem, activation) if problem.stats else None,
+    )
+
+
+def _kept(layer: LayerPlan, source: CanonicalSource) -> Tensors:
+    """A module that stays as it is, in the target's naming and dtype."""
+    found: Tensors = {}
+    for leaf in leaves(layer.entry):
+        name = fill(leaf.theirs, layer.index)
+        if name not in layer.outputs:
+            continue
+        parts = [_finite(fill(ours, layer.index), source) for ours in leaf.ours]
+        found[name] = compose(leaf, parts).to(TORCH_DTYPES[layer.outputs[name].dtype])
+    return found
+
+
+def _bias(module: str, rows: int, source: CanonicalSource) -> Tensor:
+    name = f"{module}.bias"
+    return _finite(name, source) if name in source.infos else torch.zeros(rows)
+
+
+def _finite(name: str, source: CanonicalSource) -> Tensor:
+    tensor = source.read(name)
+    if not bool(torch.isfinite(tensor).all()):
+        raise DataError(f"{source.where(name)} holds NaN or infinity; repair the checkpoint")
+    return tensor
+
+
+def _blame(group: Sequence[LayerPlan], source: CanonicalSource) -> None:
+    """Find the tensor that is not finite; raises DataError with its name."""
+    for layer in group:
+        for name in layer.sources:
+            _finite(name, source)

@@ -1,0 +1,110 @@
+"""What lies beside the weights: the runtime's config, the manifest, the model card.
+
+`dqconvert.json` holds the source, the versions, the options, the report of every layer, and the
+SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.converter import card
+from dqconvert.converter.job import Report
+from dqconvert.quantizers.errors import OutputError
+
+if TYPE_CHECKING:
+    from dqconvert.converter.convert import Prepared
+
+NAME = "dqconvert.json"
+PACKAGES = ("torch", "safetensors", "diffusers", "transformers")
+
+
+def write(folder: Path, prepared: Prepared, report: Report) -> Report:
+    """Complete an output folder whose weights are there; returns the report with its files."""
+    plan = prepared.plan
+    config = plan.target.config(plan.context)
+    try:
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        report = dataclasses.replace(report, files=files)
+        (folder / NAME).write_text(json.dumps(describe(prepared, report), indent=2) + "\n")
+        (folder / "README.md").write_text(card.render(prepared, report))
+    except OSError as error:
+        raise OutputError(f"{prepared.output}: {error.strerror}") from error
+    return report
+
+
+def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]:
+    """The manifest as plain data; without a report, what the plan alone says."""
+    job, plan, source = prepared.job, prepared.plan, prepared.source
+    found: dict[str, Any] = {
+        "dqconvert": version("dqconvert"),
+        "source": {
+            "model": job.model,
+            "origin": prepared.model.origin,
+            "family": source.family.name,
+            "dialect": source.dialect,
+            "files": {path.name: path.stat().st_size for path in source.source.files},
+            "bytes": plan.source_bytes,
+        },
+        "scheme": plan.scheme.name,
+        "target": plan.target.NAME,
+        "options": {
+            "rank": plan.context.rank,
+            "rounding": job.rounding or plan.scheme.rounding,
+            "smooth": job.smooth,
+            "keep": job.keep,
+        },
+        "calibration": _calibration(prepared),
+        "output": {"folder": str(prepared.output), "bytes": plan.nbytes},
+        "notes": list(prepared.notes),
+    }
+    if report is None:
+        found["layers"] = [
+            {"name": layer.name, "reason": layer.reason, "bytes": layer.nbytes}
+            for layer in plan.layers
+        ]
+        return found
+    found["layers"] = [dataclasses.asdict(layer) for layer in report.layers]
+    found["seconds"] = round(report.seconds, 3)
+    found["peak_memory"] = report.peak_memory
+    found["files"] = report.files
+    found["packages"] = {name: version(name) for name in PACKAGES}
+    return found
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _calibration(prepared: Prepared) -> dict[str, Any] | None:
+    found = prepared.calibration
+    if found is None:
+        return None
+    chosen = found.settings.chosen(found.prompts)
+    text = "\n".join(prompt.prompt for prompt in chosen)
+    return {
+        "file": prepared.job.calib.name if prepared.job.calib else None,
+        "prompts": len(chosen),
+        "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "key": found.key,
+        "settings": dataclasses.asdict(found.settings),
+    }
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }

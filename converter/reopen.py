@@ -1,0 +1,176 @@
+"""A quantized file, opened again from nothing but its own bytes. Torch-free until a layer is read.
+
+The target recognises its layout, the family's table of that dialect says which canonical linears
+each packed layer is made of. Every canonical tensor can then be read, dequantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.converter import manifest
+from dqconvert.converter.canonical import expected, swap_halves
+from dqconvert.converter.families import families
+from dqconvert.converter.family import Entry, Family, fill, leaves, match
+from dqconvert.converter.resolve import read_json
+from dqconvert.formats.form import PackedForm
+from dqconvert.formats.source import SafetensorsSource
+from dqconvert.formats.targets import Recognized, Target, targets
+from dqconvert.quantizers.errors import SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqconvert.quantizers.tensors import QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLayer:
+    """A packed layer of a file: its name, its row in the family's table, its form."""
+
+    name: str
+    entry: Entry
+    index: str
+    form: PackedForm
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The canonical linears that are stacked in it."""
+        return tuple(fill(ours, self.index).removesuffix(".*") for ours in self.entry.ours)
+
+
+class Reopened:
+    """A file that one of our targets knows.
+
+    source, target, recognized, family; manifest: what dqconvert.json beside it says, {} without.
+    """
+
+    def __init__(
+        self, source: SafetensorsSource, target: Target, recognized: Recognized, family: Family
+    ) -> None:
+        self.source, self.target = source, target
+        self.recognized, self.family = recognized, family
+        self.path = source.files[0]
+        beside = self.path.parent / manifest.NAME
+        self.manifest: Mapping[str, Any] = read_json(beside) if beside.exists() else {}
+
+    @cached_property
+    def layers(self) -> tuple[PackedLayer, ...]:
+        """All packed layers, with what only the family knows of their forms."""
+        return tuple(self._layers())
+
+    @cached_property
+    def kept(self) -> Mapping[str, tuple[str, Entry]]:
+        """Unquantized canonical tensors: the name in the file and the row of the table."""
+        packed = {layer.name for layer in self.layers}
+        table = self.family.dialects[self.target.DIALECT]
+        found: dict[str, tuple[str, Entry]] = {}
+        for name in self.source.infos:
+            if name.rpartition(".")[0] in packed:
+                continue
+            rows = [
+                (leaf, index)
+                for entry in table
+                for leaf in leaves(entry)
+                if (index := match(leaf.theirs, name)) is not None
+            ]
+            for leaf, index in rows or [(Entry(name, (name,)), "")]:
+                for ours in leaf.ours:
+                    found[fill(ours, index)] = (name, leaf)
+        return found
+
+    @property
+    def hidden(self) -> int:
+        """The model's hidden size, from a tensor that no target quantizes."""
+        return self.source.infos[self.kept[self.family.hidden][0]].shape[0]
+
+    def names(self) -> set[str]:
+        """Canonical tensors that the file can give."""
+        found = set(self.kept)
+        for layer in self.layers:
+            for module in layer.modules:
+                found.add(f"{module}.weight")
+                if layer.form.bias:
+                    found.add(f"{module}.bias")
+        return found
+
+    def missing(self) -> list[str]:
+        """Canonical tensors that a model of this depth must have, and the file has not."""
+        required, _ = expected(self.family, self.names())
+        return sorted(required - self.names())
+
+    def unpack(self, layer: PackedLayer) -> QuantizedTensor:
+        """The logical result of a layer, from its bytes."""
+        prefix = f"{layer.name}."
+        tensors = {
+            name.removeprefix(prefix): self.source.read(name)
+            for name in self.source.infos
+            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+        }
+        return self.target.unpack(layer.form, tensors)
+
+    def read_kept(self, name: str) -> Tensor:
+        """An unquantized canonical tensor."""
+        theirs, leaf = self.kept[name]
+        if len(leaf.ours) == 1:
+            tensor = self.source.read(theirs)
+            return swap_halves(tensor) if leaf.swap else tensor
+        total = self.source.infos[theirs].shape[0]
+        place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)
+        stop = total if place == len(leaf.ours) - 1 else (place + 1) * self.hidden
+        return self.source.read(theirs, (place * self.hidden, stop))
+
+    def _layers(self) -> Iterator[PackedLayer]:
+        table = self.family.dialects[self.target.DIALECT]
+        for name, form in self.recognized.forms.items():
+            entry, index = _row(table, name)
+            row = self.family.linear(fill(entry.ours[0], index).removesuffix(".*"))
+            if row is None:
+                raise SourceError(f"{self.path}: {name} is no linear of {self.family.title}")
+            form = replace(form, splits=row[0].splits, parts=len(entry.ours))
+            start = entry.columns[0] if entry.columns else 0
+            if row[0].gelu == start:
+                form = replace(form, shift=self.target.shift(form))
+            yield PackedLayer(name, entry, index, form)
+
+
+def reopen(path: Path) -> Reopened:
+    """Open a folder that we wrote, or a quantized file.
+
+    Raises SourceError if it is none that a target knows, or of no known family.
+    """
+    source, config = _source(path)
+    for target in targets().values():
+        recognized = target.recognize(source.infos, source.metadata, config)
+        if recognized is None:
+            continue
+        for family in families().values():
+            found = Reopened(source, target, recognized, family)
+            if family.hidden in found.kept and found.layers:
+                return found
+        raise SourceError(f"{path}: a {target.NAME} file of no known family")
+    raise SourceError(f"{path}: not a quantized checkpoint that is known")
+
+
+def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
+    for entry in table:
+        index = match(entry.theirs.removesuffix(".*"), name)
+        if index is not None and entry.theirs.endswith(".*"):
+            return entry, index
+    return Entry(f"{name}.*", (f"{name}.*",)), ""
+
+
+def _source(path: Path) -> tuple[SafetensorsSource, Mapping[str, Any]]:
+    if not path.exists():
+        raise SourceError(f"{path}: no such file or folder")
+    if path.is_file():
+        return SafetensorsSource((path,)), {}
+    files = tuple(sorted(path.glob("*.safetensors")))
+    if not files:
+        raise SourceError(f"{path}: holds no .safetensors file")
+    config = path / "config.json"
+    return SafetensorsSource(files), read_json(config) if config.exists() else {}

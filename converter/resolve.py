@@ -1,0 +1,146 @@
+"""From what the user typed to local files: an embedded model, an alias, a Hub id, a folder, a file.
+
+Torch-free. Hub snapshots come from huggingface-hub's cache and are completed from the network
+where there is one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dqconvert.converter.families import aliases, families
+from dqconvert.quantizers.errors import DQConvertError, SourceError, UnknownName
+
+DATA = Path(__file__).parent / "data"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_TRANSFORMER = ("model_index.json", "transformer/*.json", "transformer/*.safetensors")
+_PIPELINE = (
+    "scheduler/*",
+    "vae/*.json",
+    "vae/*.safetensors",
+    "text_encoder*/*.json",
+    "text_encoder*/*.safetensors",
+    "tokenizer*/*",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model on this machine.
+
+    name: short, for file names; path: of the transformer's weights; pipeline: folder with
+    model_index.json, None where only the transformer is there; config: of the transformer, None
+    where no config.json lies beside it; origin: what a model card names as its base; license: of
+    the base model, if known.
+    """
+
+    name: str
+    path: Path
+    pipeline: Path | None
+    config: dict[str, Any] | None
+    origin: str | None = None
+    license: str | None = None
+
+
+def embedded() -> dict[str, Path]:
+    """Models that ship with the package: the pipeline folders of data/."""
+    return {path.parent.name: path.parent for path in sorted(DATA.glob("*/model_index.json"))}
+
+
+def resolve(name: str, whole: bool = False) -> Model:
+    """The model that a word on the command line means.
+
+    whole: calibration follows, so the text encoders are needed too. Raises SourceError, or
+    UnknownName with near names.
+    """
+    inside = embedded()
+    if name in inside:
+        return _local(inside[name], name, license="apache-2.0")
+    if name in aliases():
+        license_name = next(
+            (f.licenses[name] for f in families().values() if name in f.licenses), None
+        )
+        folder = _snapshot(aliases()[name], whole)
+        return _local(folder, name, origin=aliases()[name], license=license_name)
+    path = Path(name).expanduser()
+    if path.exists():
+        return _local(path, _short(path))
+    if _HUB_ID.fullmatch(name) and not path.parent.exists():
+        return _local(_snapshot(name, whole), name.split("/")[1].lower(), origin=name)
+    known = [*inside, *aliases()]
+    if "/" in name or path.suffix or not difflib.get_close_matches(name, known, cutoff=0.5):
+        raise SourceError(
+            f"{name}: no such file or folder, and no model is called so; "
+            f"known: {', '.join(known)}, or a Hub id such as owner/name"
+        )
+    raise UnknownName("model", name, known)
+
+
+def _local(path: Path, name: str, origin: str | None = None, license: str | None = None) -> Model:
+    """A pipeline folder, a transformer folder, or a file."""
+    weights: Path = path
+    pipeline: Path | None = None
+    if (path / "model_index.json").exists():
+        weights, pipeline = path / "transformer", path
+        if not weights.is_dir():
+            raise SourceError(f"{path}: the pipeline has no folder called transformer")
+    elif path.is_dir() and (path.resolve().parent / "model_index.json").exists():
+        pipeline = path.resolve().parent
+    folder = weights if weights.is_dir() else weights.parent
+    return Model(name, weights, pipeline, _config(folder), origin, license)
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path}: not JSON ({error})") from error
+    return config if isinstance(config, dict) and "_class_name" in config else None
+
+
+def _short(path: Path) -> str:
+    """A short name from a path: the pipeline's rather than "transformer"."""
+    path = path.resolve()
+    if path.name == "transformer":
+        path = path.parent
+    stem = path.stem if path.is_file() else path.name
+    return re.sub(r"-\d{5}-of-\d{5}$|\.safetensors\.index$", "", stem).lower()
+
+
+def _snapshot(repo: str, whole: bool) -> Path:
+    """The local snapshot of a Hub repository; SourceError that says why there is none."""
+    import huggingface_hub
+    from huggingface_hub import errors as hub
+
+    patterns = [*_TRANSFORMER, *(_PIPELINE if whole else ())]
+    page = f"https://huggingface.co/{repo}"
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+    except hub.GatedRepoError:
+        reason = f"is gated: accept its licence at {page}, then run: hf auth login"
+    except hub.RepositoryNotFoundError:
+        reason = "is not on the Hub, or is private: check the name, or run: hf auth login"
+    except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError):
+        reason = "is not in the local cache and the Hub cannot be reached; give a local folder"
+    except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
+        reason = f"cannot be fetched: {str(error).splitlines()[0]}"
+    raise SourceError(f"{repo}: {reason}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; DQConvertError if it is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DQConvertError(f"{path}: {error}") from error
+    if not isinstance(found, dict):
+        raise DQConvertError(f"{path}: not a JSON object")
+    return found

@@ -1,0 +1,155 @@
+"""Statistics for a conversion: from the cache, or from a calibration run that fills it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.calibration.prompts import Prompt, read_prompts
+from dqconvert.calibration.settings import CalibrationSettings, Site, stats_key
+from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.family import fill
+from dqconvert.converter.job import Job, Progress
+from dqconvert.converter.resolve import Model, resolve
+from dqconvert.formats.source import open_source
+from dqconvert.quantizers.errors import CalibrationError, SourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqconvert.quantizers.tensors import LayerStats
+
+FP32_LIMIT = 4 << 30
+"""Transformers with more bytes than this calibrate in bf16: fp32 would double them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """A calibration that is decided: prompts, settings, and the file that holds its result."""
+
+    prompts: tuple[Prompt, ...]
+    settings: CalibrationSettings
+    sites: tuple[Site, ...]
+    pipeline: Path
+    key: str
+    path: Path
+
+
+def plan_calibration(job: Job, model: Model, source: CanonicalSource) -> Calibration | None:
+    """Decide a job's calibration, None if it asks for none. Reads prompts, runs nothing.
+
+    Raises CalibrationError on bad prompts or where the text encoders are missing.
+    """
+    if job.calib is None:
+        return None
+    prompts = read_prompts(job.calib)
+    size = job.size or (None, None)
+    total = sum(info.nbytes for info in source.infos.values())
+    settings = CalibrationSettings(
+        steps=job.calib_steps,
+        height=size[0],
+        width=size[1],
+        samples=job.calib_samples,
+        dtype="float32" if total <= FP32_LIMIT else "bfloat16",
+    )
+    sites = _sites(source)
+    key = stats_key(_fingerprint(source), prompts, settings, sites)
+    return Calibration(
+        prompts, settings, sites, _pipeline(job, model), key, cache() / f"{key}.safetensors"
+    )
+
+
+def statistics(
+    calibration: Calibration,
+    model: Model,
+    source: CanonicalSource,
+    listen: Callable[[Progress], None],
+) -> Mapping[str, LayerStats]:
+    """The statistics by canonical linear, read one at a time; runs the pipeline if need be."""
+    from dqconvert.calibration import store
+
+    if not calibration.path.exists():
+        _run(calibration, model, source, listen)
+    return store.LazyStats(calibration.path, calibration.key)
+
+
+def calibrate(job: Job, listen: Callable[[Progress], None]) -> Path:
+    """Collect the statistics of a job's model and prompts; returns their file."""
+    model = resolve(job.model, whole=True)
+    source = open_canonical(open_source(model.path), model.path)
+    calibration = plan_calibration(job, model, source)
+    assert calibration is not None
+    statistics(calibration, model, source, listen)
+    return calibration.path
+
+
+def cache() -> Path:
+    """Where statistics are kept between runs: $DQCONVERT_CACHE, or in the user's cache folder."""
+    root = os.environ.get("DQCONVERT_CACHE")
+    if root:
+        return Path(root)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "dqconvert"
+
+
+def config_of(model: Model, source: CanonicalSource) -> dict[str, Any]:
+    """The transformer's diffusers config: the model's own, or what the shapes imply."""
+    return model.config or source.family.config_of(source.infos)
+
+
+def _run(
+    calibration: Calibration,
+    model: Model,
+    source: CanonicalSource,
+    listen: Callable[[Progress], None],
+) -> None:
+    from dqconvert.calibration import store
+    from dqconvert.calibration.collect import Subject, collect
+
+    def weights(prefix: str) -> dict[str, Tensor]:
+        return {name: source.read(name) for name in source.infos if name.startswith(prefix)}
+
+    def progress(done: int, total: int) -> None:
+        listen(Progress("calibrate", done, total))
+
+    config = config_of(model, source)
+    subject = Subject(calibration.pipeline, config, weights, source.family.blocks)
+    found = collect(subject, calibration.sites, calibration.prompts, calibration.settings, progress)
+    calibration.path.parent.mkdir(parents=True, exist_ok=True)
+    store.save(calibration.path, calibration.key, found)
+
+
+def _sites(source: CanonicalSource) -> tuple[Site, ...]:
+    """Every distinct input of the model's linears, so that statistics serve all schemes."""
+    names: dict[str, None] = {}
+    for name in source.infos:
+        found = source.family.linear(name.removesuffix(".weight"))
+        if name.endswith(".weight") and found:
+            row, index = found
+            names[fill(row.site or row.name, index)] = None
+    return tuple(Site(name, name) for name in names)
+
+
+def _pipeline(job: Job, model: Model) -> Path:
+    """The folder with the text encoders."""
+    folder = resolve(job.pipeline, whole=True).pipeline if job.pipeline else model.pipeline
+    if folder is None:
+        raise CalibrationError(
+            f"{model.path}: only a transformer; calibration also needs its text encoders and "
+            "scheduler: name a pipeline folder, alias or Hub id with --pipeline"
+        )
+    if not (folder / "scheduler").is_dir():
+        raise SourceError(f"{folder}: the pipeline has no folder called scheduler")
+    return folder
+
+
+def _fingerprint(source: CanonicalSource) -> str:
+    """Which weights these are: names, shapes, and each file's size and time."""
+    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.source.files]
+    infos = [(name, info.dtype, info.shape) for name, info in source.infos.items()]
+    return hashlib.sha256(json.dumps([files, infos]).encode()).hexdigest()

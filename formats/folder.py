@@ -1,0 +1,62 @@
+"""An output folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from dqconvert.quantizers.errors import OutputError
+
+
+class OutputFolder:
+    """A context manager that yields a working folder beside the final one.
+
+    Leaving it without an exception renames the working folder to the final name, replacing what
+    is there if overwrite was asked for; leaving it with one deletes it. Raises OutputError where
+    the output exists or cannot be made.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        self._overwrite = overwrite
+        self._working = path.with_name(f"{path.name}.{os.getpid()}.partial")
+
+    def check(self) -> None:
+        """Refuse early what would be refused at the end."""
+        if self.path.exists() and not self._overwrite:
+            raise OutputError(f"{self.path}: exists; choose another -o, or give --overwrite")
+        if self.path.exists() and not (self.path / "dqconvert.json").exists():
+            raise OutputError(
+                f"{self.path}: was not written by dqconvert, so --overwrite will not replace it"
+            )
+
+    def __enter__(self) -> Path:
+        self.check()
+        try:
+            self._working.mkdir(parents=True)
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}") from error
+        return self._working
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self._working, ignore_errors=True)
+            return
+        try:
+            if self.path.exists():
+                old = self._working.with_suffix(".old")
+                self.path.rename(old)
+                self._working.rename(self.path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                self._working.rename(self.path)
+        except OSError as problem:
+            shutil.rmtree(self._working, ignore_errors=True)
+            raise OutputError(f"{self.path}: {problem.strerror}") from problem
