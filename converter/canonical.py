@@ -109,7 +109,7 @@ def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, 
     """
     table = family.dialects[dialect]
     found: dict[str, tuple[Entry, str]] = {}
-    for name in infos:
+    for name in sorted(infos, key=lambda name: _place(family, name)):
         module = name.rpartition(".")[0]
         rows = [
             (entry, index)
@@ -192,6 +192,14 @@ def _split(
         if stop > start:
             yield fill(ours, index), Origin(name, (start, stop))
         start = stop
+
+
+def _place(family: Family, name: str) -> tuple[int, int]:
+    """Where a tensor stands in the network: before the blocks, or in which block."""
+    for number, blocks in enumerate(family.blocks, start=1):
+        if name.startswith(f"{blocks}."):
+            return number, int(name.removeprefix(f"{blocks}.").split(".")[0])
+    return 0, 0
 
 
 def _numbered(pattern: str, family: Family, names: Sequence[str]) -> Iterable[str]:

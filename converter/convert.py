@@ -35,7 +35,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Stats = Mapping[str, "LayerStats"]
 
-ROUNDINGS = ("rtn", "gptq")
+MAX_WORKERS = 8
+"""Groups in hand at once: each holds a few fp32 copies of one weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +162,8 @@ def _groups(
         names = {name for layer in group for name in layer.sources}
         return sum(prepared.source.infos[name].nbytes for name in names), reports
 
-    workers = job.workers or _workers(plan)
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with ThreadPoolExecutor(
-        workers, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
+    workers = job.workers or min(os.cpu_count() or 1, MAX_WORKERS)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for size, reports in _bounded(pool, work, plan.groups, workers):
             done += size
             listen(Progress("convert", min(done, plan.source_bytes), plan.source_bytes))
@@ -188,8 +186,3 @@ def _bounded(
             yield from (future.result() for future in finished)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _workers(plan: Plan) -> int:
-    """Plain formats: a thread per core. Low-rank ones hold several fp32 copies of a weight."""
-    return 1 if "lowrank" in plan.scheme.steps else min(os.cpu_count() or 1, 8)

@@ -161,4 +161,5 @@ def _summary(prepared: Prepared, report: Report) -> None:
 
 
 def _filename(prepared: Prepared) -> str:
-    return prepared.plan.target.filename(prepared.plan.context)
+    filename: str = prepared.plan.target.filename(prepared.plan.context)
+    return filename
