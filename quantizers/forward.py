@@ -9,6 +9,7 @@ own rounding of accumulators is not imitated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,9 @@ from dqconvert.quantizers import rtn
 from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
+
+BLOCK = 1 << 19
+"""Weights in a block of rows."""
 
 
 def quantize_activation(
@@ -48,6 +52,29 @@ def apply(q: QuantizedTensor, x: Tensor, activation: QuantSpec | None) -> Tensor
     if q.lowrank is not None:
         y += (x @ q.lowrank.down.float().T) @ q.lowrank.up.float().T
     return y if q.bias is None else y + q.bias.float()
+
+
+def row_blocks(q: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]]:
+    """A layer as layers of fewer rows, each with its first row: what fits the processor's cache."""
+    rows, columns = q.codes.shape
+    tile = max(rows, 1) // max(q.scale.shape[0], 1)
+    step = max(tile, BLOCK // max(columns, 1) // tile * tile) if q.scale.shape[0] > 1 else 0
+    step = step or max(1, BLOCK // max(columns, 1))
+    for start in range(0, rows, step):
+        cut = slice(start, start + step)
+        grid = slice(start // tile, (start + step) // tile)
+        second = q.tensor_scale
+        yield (
+            start,
+            replace(
+                q,
+                codes=q.codes[cut],
+                scale=q.scale if q.scale.shape[0] == 1 else q.scale[grid],
+                tensor_scale=second if second is None or second.numel() == 1 else second[cut],
+                bias=None if q.bias is None else q.bias[cut],
+                lowrank=None if q.lowrank is None else replace(q.lowrank, up=q.lowrank.up[cut]),
+            ),
+        )
 
 
 def effective_weight(q: QuantizedTensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers import gptq, lowrank, rtn, smoothing
-from dqconvert.quantizers.forward import apply, effective_weight
+from dqconvert.quantizers.forward import apply, effective_weight, row_blocks
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import LinearProblem, LowRank, QuantizedTensor
 
@@ -82,8 +82,13 @@ def quantize_modulation(
 
 def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
     """||W' - W|| / ||W||, Frobenius norms, of the weight that the whole layer stands for."""
-    reference = weight.float()
-    return _ratio((effective_weight(q) - reference).norm(), reference.norm())
+    off = whole = 0.0
+    for start, part in row_blocks(q):
+        reference = weight[start : start + part.codes.shape[0]].float()
+        whole += float(torch.dot(reference.view(-1), reference.view(-1)))
+        difference = effective_weight(part).sub_(reference).view(-1)
+        off += float(torch.dot(difference, difference))
+    return (off / whole) ** 0.5 if whole else off**0.5
 
 
 def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSpec | None) -> float:
