@@ -1,0 +1,1 @@
+"""Everything that makes the embedded demo model: data, training, planting, saving, judging."""
