@@ -88,7 +88,10 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
 
 
 def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Canonical tensors that a model of the family's depth must have, and those that it may."""
+    """Canonical tensors that a model of the family's depth must have, and those that it may.
+
+    An optional module of which one tensor is there must have them all.
+    """
     names = list(names)
     required: set[str] = set()
     optional: set[str] = set()
@@ -98,18 +101,23 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
                 found = set(_numbered(ours, family, names))
                 loose = ours.startswith(family.optional) if family.optional else False
                 (optional if loose else required).update(found)
+    for module in family.optional:
+        whole = {name for name in optional if name.startswith(module)}
+        if not whole.isdisjoint(names):
+            required |= whole
     return required, optional
 
 
 def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, str]]:
     """Entries of a dialect for a given model, block by block, each with its block index.
 
-    Canonical modules that the dialect does not mention keep their name: one entry each. The
-    leaves that exist decide whether an entry for `.*` has a bias.
+    The order depends on names alone: one model makes one file, whatever held it. Canonical
+    modules that the dialect does not mention keep their name: one entry each. The leaves that
+    exist decide whether an entry for `.*` has a bias.
     """
     table = family.dialects[dialect]
     found: dict[str, tuple[Entry, str]] = {}
-    for name in sorted(infos, key=lambda name: _place(family, name)):
+    for name in sorted(infos, key=lambda name: (_place(family, name), name)):
         module = name.rpartition(".")[0]
         rows = [
             (entry, index)

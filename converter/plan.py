@@ -111,7 +111,7 @@ def make_plan(
         for entry, index in entries_of(source.family, target.DIALECT, source.infos)
     )
     if planner.problems:
-        raise PlanError(planner.problems)
+        raise PlanError(dict.fromkeys(planner.problems))  # a split linear is seen twice
     if not any(layer.form for layer in layers):
         raise PlanError([f"--keep {options.keep} leaves nothing to quantize"])
     model, config = identity
@@ -184,8 +184,6 @@ class _Planner:
             names = [fill(name, index) for name in leaf.ours]
             if names[0] not in self.source.infos:
                 continue  # a linear without a bias
-            if entry.columns is not None:
-                self.problems.append(f"{names[0]}: {self.target.NAME} cannot keep a split linear")
             info = composed_info(leaf, [self.source.infos[name] for name in names])
             dtype = self.target.KEEP_DTYPE or info.dtype
             outputs[fill(leaf.theirs, index)] = replace(info, dtype=dtype)
@@ -195,6 +193,8 @@ class _Planner:
                 f"{sources[0]}: --keep matches it, but {self.target.NAME} has no layout for an "
                 "unquantized one"
             )
+        elif entry.columns is not None:
+            self.problems.append(f"{sources[0]}: {self.target.NAME} cannot keep a split linear")
         name = fill(entry.theirs, index).removesuffix(".*")
         return LayerPlan(name, entry, index, tuple(sources), outputs, reason)
 

@@ -98,8 +98,19 @@ def cache() -> Path:
 
 
 def config_of(model: Model, source: CanonicalSource) -> dict[str, Any]:
-    """The transformer's diffusers config: the model's own, or what the shapes imply."""
-    return model.config or source.family.config_of(source.infos)
+    """The transformer's diffusers config: what the shapes imply, under what config.json says.
+
+    config.json leaves out what was a default when it was written (FLUX.1's has no axes). Raises
+    SourceError where a count or a width in it is not that of the tensors.
+    """
+    implied, said = source.family.config_of(source.infos), model.config or {}
+    for key, value in implied.items():
+        if isinstance(value, int) and said.get(key, value) != value:
+            raise SourceError(
+                f"{model.path}: config.json says {key} {said[key]}, the tensors say {value}; "
+                "the checkpoint is incomplete, or the config is another model's"
+            )
+    return implied | said
 
 
 def _run(
