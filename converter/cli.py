@@ -167,7 +167,7 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 @click.option("--overwrite", is_flag=True)
 @reported
 def dequantize(out: Path, output: Path, overwrite: bool) -> None:
-    """Write OUT back as a bf16 checkpoint with diffusers names."""
+    """Write OUT back as a bf16 checkpoint, in the naming of its source."""
     from dqconvert.converter.dequantize import dequantize as write
 
     click.echo(f"{write(out, output, overwrite)}", err=True)

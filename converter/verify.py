@@ -26,7 +26,7 @@ from dqconvert.converter.statistics import cache, config_of
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
 from dqconvert.quantizers import recipe, rtn
-from dqconvert.quantizers.errors import CalibrationError, SourceError
+from dqconvert.quantizers.errors import CalibrationError, DQConvertError, SourceError
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import CODES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
@@ -58,7 +58,7 @@ def verify(out: Path, against: str | None = None) -> Verdict:
     for layer in found.layers:
         try:
             q = found.unpack(layer)
-        except (KeyError, RuntimeError, ValueError) as error:
+        except (DQConvertError, KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{layer.name}: cannot be unpacked ({error!r})")
             continue
         problems += [f"{layer.name}: {what}" for what in _not_finite(q)]
@@ -186,12 +186,14 @@ def _bias(q: QuantizedTensor, problem: LinearProblem, form: PackedForm) -> Itera
 
 def _hashes(found: Reopened) -> Iterator[str]:
     """Files that are not as the manifest says."""
-    said = found.manifest.get("files", {}).get(found.path.name, {}).get("sha256")
-    if said is None:
-        return
-    with found.path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != said:
-            yield f"{found.path.name}: its SHA-256 is not the manifest's; the file was changed"
+    for name, said in found.manifest.get("files", {}).items():
+        path = found.path.parent / name
+        if not path.is_file():
+            yield f"{name}: the manifest names it, but it is not there"
+            continue
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != said["sha256"]:
+                yield f"{name}: its SHA-256 is not the manifest's; the file was changed"
 
 
 def _cached_stats(found: Reopened) -> Stats:

@@ -21,7 +21,7 @@ class OutputFolder:
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path = path
         self._overwrite = overwrite
-        self._working = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._working = path.parent / f"{path.name}.{os.getpid()}.partial"
 
     def check(self) -> None:
         """Refuse early what would be refused at the end."""
