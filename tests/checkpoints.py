@@ -1,0 +1,214 @@
+"""Checkpoints for the tests of the converter: in memory, from headers alone, or on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dqconvert.converter.canonical import compose, entries_of, swap_halves
+from dqconvert.converter.families import families
+from dqconvert.converter.family import Entry, Family, fill, leaves
+from dqconvert.formats import header
+from dqconvert.quantizers.schemes import schemes
+from dqconvert.quantizers.spec import TensorInfo
+from dqconvert.quantizers.tensors import DTYPE_NAMES
+
+HERE = Path(__file__).parent
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PAIRS = [(s.name, name) for s in schemes().values() for name in s.targets]
+"""Every scheme with every target that takes it."""
+
+
+class Memory:
+    """A Source whose tensors are at hand; those of the meta device make a header without bytes."""
+
+    metadata: Mapping[str, str] = {}
+    files = (Path("memory.safetensors"),)
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self.infos = infos_of(tensors)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        tensor = self.tensors[name]
+        return (tensor if rows is None else tensor[slice(*rows)]).clone()
+
+    def where(self, name: str) -> Path:
+        return self.files[0]
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    return {k: TensorInfo(DTYPE_NAMES[t.dtype], tuple(t.shape)) for k, t in tensors.items()}
+
+
+def flux_config(**changes: Any) -> dict[str, Any]:
+    """The config of FLUX.1-dev, with changes."""
+    return {
+        "in_channels": 64,
+        "out_channels": None,
+        "patch_size": 1,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": True,
+        "axes_dims_rope": (16, 56, 56),
+    } | changes
+
+
+SCHNELL = {"guidance_embeds": False}
+SMALL = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2}
+NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
+FILL = SMALL | {"in_channels": 384, "out_channels": 64}
+CONFIGS = {
+    "flux": (
+        flux_config(**SMALL),
+        flux_config(**SMALL, **SCHNELL),
+        flux_config(**SMALL | {"num_attention_heads": 4, "num_layers": 1}),
+        flux_config(**NARROW, **SCHNELL),
+        flux_config(**FILL),
+        flux_config(),
+        flux_config(**SCHNELL),
+    ),
+}
+"""Configs to try for each family; the last ones are real models."""
+
+
+def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The tensors of diffusers' own model, without their bytes."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        model = FluxTransformer2DModel(**config)
+    return {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+
+
+def filled(meta: Mapping[str, Tensor], columns: int | None = None) -> dict[str, Tensor]:
+    """Random tensors of those shapes, at most so many columns wide, all different."""
+    rng = torch.Generator().manual_seed(len(meta))
+    found = {}
+    for name, tensor in meta.items():
+        shape = (
+            tensor.shape if columns is None else tensor.shape[:1] + (columns,) * (tensor.ndim - 1)
+        )
+        found[name] = torch.randn(shape, generator=rng).to(tensor.dtype)
+    return found
+
+
+def write_dialect(
+    family: Family, dialect: str, tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[tuple[Entry, str]]]:
+    """Canonical tensors in a dialect, and the rows of the family's table that were used."""
+    hidden = tensors[family.hidden].shape[0]
+    found: dict[str, Tensor] = {}
+    used = []
+    for entry, index in entries_of(family, dialect, infos_of(tensors)):
+        for leaf in leaves(entry):
+            ours = [fill(name, index) for name in leaf.ours]
+            if ours[0] not in tensors:
+                continue
+            parts = [tensors[name] for name in ours]
+            if leaf.columns and parts[0].ndim == 2:
+                start, stop = (hidden if c == "hidden" else c for c in leaf.columns)
+                parts = [part[:, start:stop] for part in parts]
+            name = fill(leaf.theirs, index)
+            assert name not in found, f"{name} is written twice"
+            found[name] = compose(leaf, parts)
+            used.append((leaf, index))
+    return found, used
+
+
+def read_dialect(
+    tensors: Mapping[str, Tensor], used: Iterable[tuple[Entry, str]], hidden: int
+) -> dict[str, Tensor]:
+    """Canonical tensors again: the inverse of write_dialect, cut and joined by hand."""
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for leaf, index in used:
+        tensor = tensors[fill(leaf.theirs, index)]
+        tensor = swap_halves(tensor) if leaf.swap else tensor
+        for place, ours in enumerate(leaf.ours):
+            stop = None if place == len(leaf.ours) - 1 else (place + 1) * hidden
+            first = hidden if leaf.columns and leaf.columns[0] == "hidden" else 0
+            piece = (first, tensor[place * hidden : stop])
+            pieces.setdefault(fill(ours, index), []).append(piece)
+    found = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda part: part[0])
+        found[name] = parts[0][1] if parts[0][1].ndim == 1 else torch.cat([p for _, p in parts], 1)
+    return found
+
+
+def original(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """FLUX tensors under their first names."""
+    found, _ = write_dialect(families()["flux"], "original", tensors)
+    return {prefix + name: tensor for name, tensor in found.items()}
+
+
+def sparse(path: Path, infos: Mapping[str, TensorInfo]) -> Path:
+    """A safetensors file of zeros that takes no room on the disk."""
+    start, head = header.encode(infos, {})
+    with path.open("wb") as file:
+        file.write(start)
+        file.truncate(head.size)
+    return path
+
+
+def tiny_pipeline(folder: Path, **changes: Any) -> Path:
+    build = runpy.run_path(str(HERE / "tiny_flux.py"))["build_tiny_pipeline"]
+    found: Path = build(folder, **changes)
+    return found
+
+
+def weights_of(pipeline: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = load_file(pipeline / "transformer" / WEIGHTS)
+    return found
+
+
+def shard(tensors: Mapping[str, Tensor], folder: Path, count: int = 3) -> Path:
+    """A sharded checkpoint with its index."""
+    folder.mkdir(parents=True)
+    names = sorted(tensors)
+    weight_map = {}
+    for number in range(count):
+        file = f"{Path(WEIGHTS).stem}-{number + 1:05}-of-{count:05}.safetensors"
+        part = {name: tensors[name] for name in names[number::count]}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def same_bits(one: Tensor, two: Tensor) -> bool:
+    """Equal in dtype, shape and bytes."""
+    if one.dtype != two.dtype or one.shape != two.shape:
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, two)))
+
+
+def same_tensors(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
+    return one.keys() == two.keys() and all(same_bits(one[name], two[name]) for name in one)
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a Python process that finds the packages and has two threads at most."""
+    ours = {"PYTHONPATH": str(HERE.parent / "tools" / "ns"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **ours, **changes}
+
+
+def tree(folder: Path) -> dict[str, int]:
+    """Everything below a folder, with sizes."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_size if path.is_file() else -1
+        for path in sorted(folder.rglob("*"))
+    }

@@ -1,0 +1,90 @@
+"""What is no whole, plain checkpoint of a known family is refused, by file and tensor."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.families import families
+from dqconvert.quantizers.errors import SourceError
+
+torch.set_num_threads(1)
+checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
+Memory, original = checkpoints.Memory, checkpoints.original
+
+PATH = Path("some/model.safetensors")
+MODEL: dict[str, Tensor] = checkpoints.meta_model(checkpoints.flux_config(**checkpoints.SMALL))
+SIGNATURE = families()["flux"].signature
+REQUIRED = sorted(name for name in MODEL if "guidance" not in name and name not in SIGNATURE)
+
+
+def refused(tensors: dict[str, Tensor]) -> str:
+    with pytest.raises(SourceError) as caught:
+        open_canonical(Memory(tensors), PATH)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("lost", REQUIRED)
+def test_each_missing_tensor_is_named(lost: str) -> None:
+    text = refused({name: tensor for name, tensor in MODEL.items() if name != lost})
+    assert str(PATH) in text and f"the first is {lost}" in text and "1 tensors are missing" in text
+
+
+def test_a_missing_tensor_of_original_names_is_found() -> None:
+    tensors = original(MODEL)
+    del tensors["double_blocks.1.img_attn.qkv.bias"]
+    text = refused(tensors)
+    assert str(PATH) in text and "3 tensors are missing" in text
+    assert "transformer_blocks.1.attn.to_k.bias" in text
+
+
+def test_a_missing_block_is_found() -> None:
+    text = refused({k: t for k, t in MODEL.items() if not k.startswith("transformer_blocks.0.")})
+    assert str(PATH) in text
+    text = refused({k: t for k, t in MODEL.items() if ".1.attn.to_q" not in k})
+    assert "transformer_blocks.1.attn.to_q" in text
+
+
+def test_half_a_guidance_embedder_is_no_whole_one() -> None:
+    lost = "time_text_embed.guidance_embedder.linear_2.bias"
+    assert lost in refused({name: tensor for name, tensor in MODEL.items() if name != lost})
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("extra", ["double_blocks.0.img_attn.extra.weight", "lora_unet_x.alpha"])
+def test_unknown_tensors_are_named(prefix: str, extra: str) -> None:
+    for tensors in (original(MODEL), MODEL):
+        both = {
+            prefix + name: tensor for name, tensor in (tensors | {extra: torch.zeros(1)}).items()
+        }
+        text = refused(both)
+        assert str(PATH) in text and f"the first is {prefix}{extra}" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_quantized_weights_are_named(dtype: torch.dtype) -> None:
+    for tensors, name in (
+        (dict(MODEL), "transformer_blocks.1.ff.net.2.weight"),
+        (original(MODEL), "double_blocks.1.img_mlp.2.weight"),
+    ):
+        tensors[name] = torch.empty(tensors[name].shape, dtype=dtype, device="meta")
+        text = refused(tensors)
+        assert "memory.safetensors" in text and name in text and "already quantized" in text
+
+
+def test_scales_beside_float_weights_are_named() -> None:
+    name = "single_blocks.0.linear1.scale_weight"
+    assert name in refused(original(MODEL) | {name: torch.zeros(())})
+
+
+def test_another_model_is_no_transformer() -> None:
+    text = refused({"model.layers.0.self_attn.q_proj.weight": torch.zeros(1)})
+    assert str(PATH) in text and "model.layers.0.self_attn.q_proj.weight" in text
+    assert all(family.title in text for family in families().values())
+    assert "not a diffusion transformer" in refused({})
