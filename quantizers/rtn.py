@@ -68,6 +68,8 @@ def tensor_scales(amax: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()) ->
         return None
     dtype = TORCH_DTYPES[spec.tensor_scale]
     limit = spec.maximum * torch.finfo(TORCH_DTYPES[spec.scale]).max
+    if not amax.numel():
+        return torch.ones(1, dtype=dtype, device=amax.device)
     if len(parts) <= 1:
         return _positive((amax.amax() / limit).to(dtype)).view(1)
     tops = torch.stack([part.amax() for part in torch.split(amax, list(parts))])
@@ -102,7 +104,9 @@ def encode(weight: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec
     step = effective_scale(scale, second)
     codes = torch.empty(shape, dtype=_code_dtype(spec.code), device=weight.device)
     tile = spec.tile_of(shape)[0]
-    rows = shape[0] if spec.tile[0] == ALL else tile * max(1, _BLOCK // (tile * shape[1] or 1))
+    rows = (
+        max(shape[0], 1) if spec.tile[0] == ALL else tile * max(1, _BLOCK // (tile * shape[1] or 1))
+    )
     if spec.tile == (ALL, ALL):
         rows = max(1, _BLOCK // (shape[1] or 1))
     for start in range(0, shape[0], rows):
@@ -132,7 +136,7 @@ def _round_e2m1(values: Tensor) -> Tensor:
     m = values.abs().clamp_(max=6.0)
     code = torch.minimum((m * 2).round_(), m.round() + 2)
     code = torch.minimum(code, m.div_(2).round_() + 4).to(torch.uint8)
-    return code.bitwise_or_((values < 0).to(torch.uint8) << 3)
+    return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 3)
 
 
 def decode(codes: Tensor, code: str) -> Tensor:
@@ -148,10 +152,11 @@ def _scaled(block: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
     view = block.view(step.shape[0], -1, step.shape[1], block.shape[1] // max(step.shape[1], 1))
     step = step[:, None, :, None]
     if spec.reciprocal:
-        return view.mul_(1.0 / step).view(block.shape)
+        largest = torch.finfo(step.dtype).max  # the reciprocal of a subnormal scale is infinite
+        return view.mul_((1.0 / step).clamp_(max=largest)).view(block.shape)
     view = view.div_(step)
     if spec.scale.startswith("F8"):  # a scale of zero belongs to weights too small to matter
-        view = view.nan_to_num_(0.0)
+        view = view.nan_to_num_(0.0, 0.0, 0.0)
     return view.view(block.shape)
 
 
