@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers import rtn
+from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
 
@@ -27,11 +28,13 @@ def inverse_factor(second_moment: Tensor, damp: float = 0.01) -> Tensor:
     """Upper Cholesky factor U [K, K] fp32 of (H + damp mean(diag H) I)⁻¹.
 
     Channels that were never active count as mean ones. The damping grows tenfold until the
-    factorization succeeds.
+    factorization succeeds. Raises DataError on NaN or infinity.
     """
     h = second_moment.float().clone()
     diagonal = h.diagonal()
     mean = diagonal.mean()
+    if not bool(mean.isfinite()):
+        raise DataError("the second moment of its input holds NaN or infinity")
     if not bool(mean > 0):
         return torch.eye(h.shape[0], device=h.device)
     diagonal[diagonal == 0] = mean
@@ -91,7 +94,7 @@ def quantize(
     grid = _Grid(spec, torch.empty_like(start.codes), start.scale.clone(), start.tensor_scale)
     columns = w.shape[1]
     width = spec.tile_of((1, columns))[1] if spec.tile[1] != ALL else 1
-    block = max(BLOCK, width)
+    block = -(-BLOCK // width) * width  # whole groups: a group's scale sees all corrections
     for left in range(0, columns, block):
         right = min(left + block, columns)
         errors = torch.empty(w.shape[0], right - left, device=w.device)
