@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from dqconvert.converter import show
+from dqconvert.converter import manifest, show
 from dqconvert.converter.job import Job
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
@@ -84,7 +84,7 @@ def reported(command: Callable[..., Any]) -> Callable[..., Any]:
     cls=DefaultGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@click.version_option(package_name="dqconvert")
+@click.version_option(manifest.version("dqconvert") or "of a source tree, not installed")
 def main() -> None:
     """Quantize a diffusion transformer for the runtime you use.
 

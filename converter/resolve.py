@@ -131,7 +131,7 @@ def _snapshot(repo: str, whole: bool) -> Path:
     except (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError):
         reason = "is not in the local cache and the Hub cannot be reached; give a local folder"
     except (hub.HfHubHTTPError, hub.HFValidationError, OSError) as error:
-        reason = f"cannot be fetched: {str(error).splitlines()[0]}"
+        reason = f"cannot be fetched: {(str(error) or type(error).__name__).splitlines()[0]}"
     raise SourceError(f"{repo}: {reason}")
 
 
