@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dqconvert.converter.canonical import compose, entries_of, swap_halves
+from dqconvert.converter.cli import main
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Entry, Family, fill, leaves
 from dqconvert.formats import header
@@ -204,6 +206,34 @@ def environment(**changes: str) -> dict[str, str]:
     """For a Python process that finds the packages and has two threads at most."""
     ours = {"PYTHONPATH": str(HERE.parent / "tools" / "ns"), "OMP_NUM_THREADS": "1"}
     return {**os.environ, **ours, **changes}
+
+
+def dqconvert(*words: Any) -> Any:
+    """Run the command line in this process; what is not an exit is a bug and is raised."""
+    result = CliRunner().invoke(main, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def done(*words: Any) -> str:
+    """What a command that succeeds prints on stdout."""
+    result = dqconvert(*words)
+    assert result.exit_code == 0, result.stderr
+    return str(result.stdout)
+
+
+def refused(folder: Path, *words: Any, code: int = 1) -> str:
+    """The one error of a command that fails and leaves a folder as it was."""
+    before = tree(folder)
+    result = dqconvert(*words)
+    assert result.exit_code == code, result.output
+    assert result.stderr.count("Error: ") == 1, result.stderr
+    assert "Traceback" not in result.output and not result.stdout
+    assert tree(folder) == before
+    start = result.stderr.index("Error: ")
+    assert code == 2 or start == 0
+    return str(result.stderr[start:])
 
 
 def tree(folder: Path) -> dict[str, int]:
