@@ -19,14 +19,17 @@ exact truncation's."""
 def truncate(weight: Tensor, rank: int, iterations: int = 4) -> tuple[Tensor, Tensor]:
     """Best rank-r factors (up [N, r], down [r, K]) of a weight [N, K] fp32, by randomized SVD.
 
-    Reproducible: the random start is always the same. Ranks beyond the weight's own are zero.
+    Reproducible in any thread: the random start is always the same, and its generator is not
+    torch's global one (which rules out torch.svd_lowrank). Ranks beyond the weight's own are zero.
     """
-    short = min(weight.shape)
-    width = min(rank + OVERSAMPLING, short)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight, q=width, niter=iterations)
-    up, down = (u * s)[:, :rank], v.T[:rank]
+    width = min(rank + OVERSAMPLING, *weight.shape)
+    start = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(0))
+    basis = torch.linalg.qr(weight @ start.to(weight.device)).Q
+    for _ in range(iterations):  # Halko et al., arXiv 0909.4061, algorithm 4.4
+        basis = torch.linalg.qr(weight.T @ basis).Q
+        basis = torch.linalg.qr(weight @ basis).Q
+    u, s, vh = torch.linalg.svd(basis.T @ weight, full_matrices=False)
+    up, down = (basis @ (u * s))[:, :rank], vh[:rank]
     missing = rank - up.shape[1]
     if missing > 0:
         up = torch.nn.functional.pad(up, (0, missing))
