@@ -50,13 +50,22 @@ class OutputFolder:
             shutil.rmtree(self._working, ignore_errors=True)
             return
         try:
-            if self.path.exists():
-                old = self._working.with_suffix(".old")
-                self.path.rename(old)
-                self._working.rename(self.path)
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                self._working.rename(self.path)
+            self.check()  # it may have appeared meanwhile
+            self._exchange()
         except OSError as problem:
-            shutil.rmtree(self._working, ignore_errors=True)
             raise OutputError(f"{self.path}: {problem.strerror}") from problem
+        finally:
+            shutil.rmtree(self._working, ignore_errors=True)
+
+    def _exchange(self) -> None:
+        """Put the working folder into its place; what was there returns if that fails."""
+        old = self._working.with_suffix(".old")
+        if self.path.exists():
+            self.path.rename(old)
+        try:
+            self._working.rename(self.path)
+        except OSError:
+            if old.exists():
+                old.rename(self.path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)

@@ -95,7 +95,7 @@ def read(path: Path) -> Header:
         entries = json.loads(text)
         metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
         extents = {name: _extent(entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceError(f"{path}: its safetensors header cannot be read ({error})") from error
     _check(path, extents, 8 + length, size)
     return Header(extents, metadata, size)
@@ -106,6 +106,8 @@ def _extent(entry: Mapping[str, Any], base: int) -> Extent:
     begin, end = entry["data_offsets"]
     if info.dtype not in DTYPE_BITS:
         raise ValueError(f"unknown dtype {info.dtype}")
+    if any(extent < 0 for extent in info.shape):
+        raise ValueError(f"negative shape {list(info.shape)}")
     if end - begin != info.nbytes:
         raise ValueError(f"{end - begin} bytes for {info.dtype} {list(info.shape)}")
     return Extent(info, base + begin)
@@ -114,12 +116,14 @@ def _extent(entry: Mapping[str, Any], base: int) -> Extent:
 def _check(path: Path, extents: Mapping[str, Extent], base: int, size: int) -> None:
     """Tensors must follow each other without holes up to the end of the file."""
     end = base
-    for name, extent in sorted(extents.items(), key=lambda item: item[1].offset):
-        if extent.offset != end and extent.info.nbytes:
+    in_order = sorted(extents.items(), key=lambda item: (item[1].offset, item[1].info.nbytes))
+    for name, extent in in_order:
+        if extent.offset != end:
             raise SourceError(f"{path}: tensor {name} overlaps another or leaves a hole")
-        end = max(end, extent.offset + extent.info.nbytes)
-    if end > size:
+        end += extent.info.nbytes
+    if end != size:
+        what = "cut off" if end > size else "too long"
         raise SourceError(
-            f"{path}: cut off; its header promises {end} bytes, the file has {size}; "
+            f"{path}: {what}; its header promises {end} bytes, the file has {size}; "
             "download it again"
         )

@@ -135,9 +135,9 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     if len(indexes) == 1:
         return _indexed(indexes[0])
     found = sorted(folder.glob("*.safetensors"))
-    shards = [path for path in found if _SHARD.search(path.name)]
-    if shards and len(shards) == len(found):
-        return _complete(folder, shards)
+    sets = {_SHARD.sub(r" of \2", path.name) for path in found}
+    if len(sets) == 1 and _SHARD.search(found[0].name):
+        return _complete(folder, found)
     if len(found) == 1 and not indexes:
         return (found[0],)
     if not found and not indexes:
@@ -151,9 +151,9 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         names = sorted(set(weight_map.values()))
+        files = tuple(index.parent / name for name in names)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index}: not a safetensors index ({error})") from error
-    files = tuple(index.parent / name for name in names)
     _all_there(index, files)
     source = SafetensorsSource(files)
     lost = [name for name in weight_map if name not in source.infos]

@@ -90,7 +90,8 @@ class StreamWriter:
             raise ValueError(f"{len(self._missing)} tensors were never written: {self._missing}")
         try:
             os.fsync(self._fd)
-            os.close(self._fd)
+            fd, self._fd = self._fd, -1
+            os.close(fd)
             self._partial.replace(self.path)
         except OSError as problem:
             self._discard()
