@@ -8,6 +8,7 @@ candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -54,9 +55,9 @@ def quantize_linear(
     """Quantize one linear under a given smooth vector [K] (None: the format has none)."""
     activation = scheme.activation
     if "lowrank" not in scheme.steps:
-        q = _round(problem, problem.weight, scheme.weight, options, smooth)
-        return _finish(problem, q, smooth, None, activation)
+        return _rounded(problem, scheme.weight, options, smooth, activation)
     assert smooth is not None
+    rtn.absmax(problem.weight, scheme.weight)  # refuses NaN, which a decomposition would not name
     problem = replace(problem, weight=problem.weight.float())
     best = _refine(problem, scheme, options, smooth)
     if not _moments(problem, options):
@@ -72,12 +73,7 @@ def quantize_modulation(
     problem: LinearProblem, spec: QuantSpec, options: RecipeOptions
 ) -> QuantizedTensor:
     """Quantize an adaLN modulation linear, whose input stays in 16 bit."""
-    q = _round(problem, problem.weight, spec, options, None)
-    best = _better(None, _finish(problem, q, None, None, None), problem, None)
-    if _moments(problem, options):
-        plain = rtn.quantize(problem.weight, spec)
-        best = _better(best, _finish(problem, plain, None, None, None), problem, None)
-    return best[1]
+    return _rounded(problem, spec, options, None, None)
 
 
 def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
@@ -88,7 +84,7 @@ def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
         whole += float(torch.dot(reference.view(-1), reference.view(-1)))
         difference = effective_weight(part).sub_(reference).view(-1)
         off += float(torch.dot(difference, difference))
-    return (off / whole) ** 0.5 if whole else off**0.5
+    return math.sqrt(off / whole if whole else off)
 
 
 def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSpec | None) -> float:
@@ -145,6 +141,24 @@ def _refine(
         rest = rtn.dequantize(q).neg_().add_(smoothed)
     assert best is not None
     return best
+
+
+def _rounded(
+    problem: LinearProblem,
+    spec: QuantSpec,
+    options: RecipeOptions,
+    smooth: Tensor | None,
+    activation: QuantSpec | None,
+) -> QuantizedTensor:
+    """A weight without a low-rank branch, to nearest or by GPTQ, whichever errs less."""
+    weight = problem.weight if smooth is None else problem.weight.float() * smooth
+    q = rtn.quantize(weight, spec, problem.parts)
+    plain = _finish(problem, q, smooth, None, activation)
+    if not _moments(problem, options):
+        return plain
+    q = _round(problem, weight, spec, options, smooth)
+    learned = _finish(problem, q, smooth, None, activation)
+    return _better(_better(None, plain, problem, activation), learned, problem, activation)[1]
 
 
 def _round(

@@ -1,0 +1,583 @@
+"""The recipe: each choice is never worse than the plain one, and the layer as a whole is exact
+where nothing is lost. Judges: torch.linalg.svd, closed forms in float64, comfy-kitchen's eager
+kernels."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dqconvert.quantizers import forward, lowrank, recipe, rtn, smoothing
+from dqconvert.quantizers.errors import DataError
+from dqconvert.quantizers.recipe import RecipeOptions
+from dqconvert.quantizers.schemes import schemes
+from dqconvert.quantizers.schemes.svdquant import INT4_GROUP64
+from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
+from dqconvert.quantizers.tensors import LayerStats, LinearProblem, LowRank, QuantizedTensor
+
+torch.set_num_threads(1)
+
+SHIFT = 0.171875
+W4A4, NVFP4 = schemes()["svdquant-w4a4"], schemes()["svdquant-nvfp4"]
+INT8, FP8 = schemes()["int8"], schemes()["fp8-tensor"]
+every_scheme = pytest.mark.parametrize("scheme", schemes().values(), ids=list(schemes()))
+svdquant = pytest.mark.parametrize("scheme", [W4A4, NVFP4], ids=["int4", "nvfp4"])
+
+
+def stats_of(x: Tensor, held: int = 64) -> LayerStats:
+    """What calibration would say of these rows; the last ones are held."""
+    seen = x[: len(x) - held]
+    return LayerStats(
+        count=len(x),
+        absmax=x.abs().amax(0),
+        mean=x.mean(0),
+        mean_square=x.square().mean(0),
+        second_moment=seen.T @ seen / len(seen),
+        rows=x[len(x) - held :].clone(),
+    )
+
+
+def inputs(columns: int, seed: int, rows: int = 400) -> Tensor:
+    """Correlated rows with a few channels that are thirty times larger."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 24, generator=rng) @ torch.randn(24, columns, generator=rng) / 5
+    x += 0.3 * torch.randn(rows, columns, generator=rng)
+    x[:, torch.randperm(columns, generator=rng)[:3]] *= 30
+    return x
+
+
+def problem_of(
+    rows: int = 48, columns: int = 128, seed: int = 0, shift: float = 0.0, calibrated: bool = True
+) -> LinearProblem:
+    rng = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=rng) * 0.05
+    x = inputs(columns, seed)
+    if shift:
+        x = torch.nn.functional.gelu(x, approximate="tanh")
+    bias = torch.randn(rows, generator=rng)
+    return LinearProblem(weight, bias, shift=shift, stats=stats_of(x) if calibrated else None)
+
+
+def options_of(scheme: Scheme, **words: object) -> RecipeOptions:
+    rank = 8 if "lowrank" in scheme.steps else 0
+    return replace(RecipeOptions(rank=rank, refinements=1), **words)  # type: ignore[arg-type]
+
+
+def error_of(q: QuantizedTensor, problem: LinearProblem, scheme: Scheme) -> float:
+    """The output error on the held rows, written out in float64 around forward.apply."""
+    assert problem.stats is not None
+    x = problem.stats.rows
+    want = x.double() @ problem.weight.double().T
+    bias = 0 if problem.bias is None else problem.bias.double()
+    got = forward.apply(q, x, scheme.activation).double()
+    return float((got - want - bias).norm() / want.norm())
+
+
+# ---------------------------------------------------------------------------- the low rank
+
+
+def decaying(rows: int, columns: int, power: float, seed: int) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(rows, rows, generator=rng)).Q
+    v = torch.linalg.qr(torch.randn(columns, columns, generator=rng)).Q
+    short = min(rows, columns)
+    values = torch.arange(1, short + 1).float() ** -power
+    return u[:, :short] * values @ v[:, :short].T
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (33, 200), (201, 77), (64, 1), (1, 64), (5, 3)])
+@pytest.mark.parametrize("power", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("rank", [1, 8, 16])
+def test_truncation_is_as_good_as_the_exact_one(
+    shape: tuple[int, int], power: float, rank: int
+) -> None:
+    weight = decaying(*shape, power, rank)
+    before = weight.clone()
+    up, down = lowrank.truncate(weight, rank)
+    assert torch.equal(weight, before)
+    assert up.shape == (shape[0], rank) and down.shape == (rank, shape[1])
+    values = torch.linalg.svdvals(weight.double())
+    best = float(values[rank:].square().sum().sqrt())
+    found = float((weight.double() - up.double() @ down.double()).norm())
+    assert found <= 1.01 * best + 1e-5 * float(values.norm())
+
+
+def test_truncation_beyond_the_full_rank_is_padded_with_zeros() -> None:
+    weight = decaying(12, 40, 0.5, 0)
+    up, down = lowrank.truncate(weight, 32)
+    assert up.shape == (12, 32) and down.shape == (32, 40)
+    assert not bool(up[:, 12:].any()) and not bool(down[12:].any())
+    assert torch.allclose(up @ down, weight, atol=1e-6)
+
+
+def test_truncation_of_zeros_and_to_rank_zero() -> None:
+    up, down = lowrank.truncate(torch.zeros(20, 30), 4)
+    assert torch.equal(up @ down, torch.zeros(20, 30))
+    up, down = lowrank.truncate(torch.ones(20, 30), 0)
+    assert up.shape == (20, 0) and down.shape == (0, 30)
+
+
+def test_truncation_is_reproducible_in_any_thread() -> None:
+    """Also while other threads draw random numbers; and it draws none of the caller's."""
+    weights = [torch.randn(200, 160, generator=torch.Generator().manual_seed(i)) for i in range(24)]
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    first = [lowrank.truncate(weight, 16) for weight in weights]
+    assert torch.equal(torch.randn(3), expected)
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in range(3):
+            again = list(pool.map(lambda weight: lowrank.truncate(weight, 16), weights))
+            for (up, down), (up2, down2) in zip(first, again, strict=True):
+                assert torch.equal(up, up2) and torch.equal(down, down2)
+
+
+def test_the_branch_reads_the_raw_input() -> None:
+    problem = problem_of()
+    smooth = torch.rand(128, generator=torch.Generator().manual_seed(1)) + 0.5
+    up, down = lowrank.truncate(problem.weight * smooth, 8)
+    branch = lowrank.branch(problem.weight * smooth, 8, smooth)
+    assert branch.up.dtype == branch.down.dtype == torch.bfloat16
+    want = (up.double() @ down.double()) / smooth.double()
+    assert float((lowrank.product(branch) - want).norm() / want.norm()) < 0.01
+
+
+# ------------------------------------------------------------------------------- smoothing
+
+
+@svdquant
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shift", [0.0, SHIFT])
+def test_smoothing_is_never_worse_than_none(scheme: Scheme, seed: int, shift: float) -> None:
+    problem = problem_of(seed=seed, shift=shift if scheme is W4A4 else 0.0)
+    options = options_of(scheme, refinements=0)
+    (searched,) = recipe.quantize_group([problem], scheme, options)
+    (plain,) = recipe.quantize_group([problem], scheme, replace(options, smooth="off"))
+    assert plain.smooth is not None and bool((plain.smooth == 1).all())
+    assert error_of(searched, problem, scheme) <= error_of(plain, problem, scheme) * (1 + 1e-6)
+    if not shift:
+        assert error_of(searched, problem, scheme) < 0.8 * error_of(plain, problem, scheme)
+
+
+@svdquant
+def test_a_group_shares_one_smooth_vector(scheme: Scheme) -> None:
+    one = problem_of(seed=1)
+    group = [one, replace(problem_of(24, seed=2), stats=one.stats)]
+    for mode in ("auto", "0.5", "off"):
+        found = recipe.quantize_group(group, scheme, options_of(scheme, smooth=mode))
+        first, other = (q.smooth for q in found)
+        assert first is not None and other is not None
+        assert torch.equal(first, other)
+        assert torch.equal(first, first.bfloat16().float()), "not what the file will hold"
+        assert bool((first > 0).all() & first.isfinite().all())
+
+
+def test_smooth_by_an_exponent_is_the_formula() -> None:
+    problem = problem_of(seed=3)
+    assert problem.stats is not None
+    found = smoothing.search([problem], "0.75", lambda p, s: 0.0).double()
+    want = problem.stats.absmax.double() ** 0.75 / problem.weight.abs().amax(0).double() ** 0.25
+    want /= want.log().mean().exp()
+    assert torch.allclose(found, want, rtol=2**-8)
+
+
+@pytest.mark.parametrize("mode", ["auto", "0.5"])
+def test_silent_and_unused_channels_leave_a_usable_vector(mode: str) -> None:
+    problem = problem_of(seed=3)
+    assert problem.stats is not None
+    rows = problem.stats.rows.clone()
+    rows[:, 5] = 0
+    absmax, square = problem.stats.absmax.clone(), problem.stats.mean_square.clone()
+    absmax[5] = square[5] = 0
+    weight = problem.weight.clone()
+    weight[:, 9] = 0
+    weight[:, 5] = 0
+    stats = replace(problem.stats, absmax=absmax, mean_square=square, rows=rows)
+    problem = replace(problem, weight=weight, stats=stats)
+    for vector in smoothing.candidates([problem], mode):
+        assert bool((vector > 0).all() & vector.isfinite().all())
+    (q,) = recipe.quantize_group([problem], W4A4, options_of(W4A4, smooth=mode))
+    assert error_of(q, problem, W4A4) < 0.2
+
+
+def test_no_smoothing_is_the_first_candidate_and_wins_ties() -> None:
+    problem = problem_of()
+    assert bool((smoothing.candidates([problem], "auto")[0] == 1).all())
+    assert bool((smoothing.search([problem], "auto", lambda p, s: 1.0) == 1).all())
+
+
+# ----------------------------------------------------------------- refinement and rounding
+
+
+@svdquant
+@pytest.mark.parametrize("calibrated", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_refinement_is_never_worse(scheme: Scheme, calibrated: bool, seed: int) -> None:
+    problem = problem_of(seed=seed, calibrated=calibrated)
+    errors = []
+    for rounds in (0, 1, 4):
+        (q,) = recipe.quantize_group([problem], scheme, options_of(scheme, refinements=rounds))
+        off = forward.effective_weight(q).double() - problem.weight.double()
+        errors.append(error_of(q, problem, scheme) if calibrated else float(off.norm()))
+        smooth_is_one = q.smooth is not None and bool((q.smooth == 1).all())
+        assert calibrated or smooth_is_one, "without activations there is nothing to smooth by"
+    if not calibrated:
+        assert errors[2] <= errors[1] <= errors[0]
+        return
+    smooth = torch.ones(128)  # one vector for all, or the search may land elsewhere
+    errors = [
+        error_of(
+            recipe.quantize_linear(problem, scheme, options_of(scheme, refinements=r), smooth),
+            problem,
+            scheme,
+        )
+        for r in (0, 1, 4)
+    ]
+    assert errors[2] <= errors[1] * (1 + 1e-6) and errors[1] <= errors[0] * (1 + 1e-6)
+
+
+@every_scheme
+@pytest.mark.parametrize("seed", range(3))
+def test_gptq_is_never_worse_than_nearest_on_held_rows(scheme: Scheme, seed: int) -> None:
+    problem = problem_of(seed=seed)
+    smooth = torch.ones(128) if "smooth" in scheme.steps else None
+    errors = [
+        error_of(
+            recipe.quantize_linear(problem, scheme, options_of(scheme, rounding=r), smooth),
+            problem,
+            scheme,
+        )
+        for r in ("rtn", "gptq")
+    ]
+    assert errors[1] <= errors[0] * (1 + 1e-6)
+    if scheme is W4A4 and seed < 2:
+        assert errors[1] < errors[0]
+
+
+@every_scheme
+def test_gptq_misled_by_its_moment_is_not_taken(scheme: Scheme) -> None:
+    """XᵀX of some other input: rounding to nearest is better, so it is chosen."""
+    problem = problem_of(seed=1)
+    other = problem_of(seed=77).stats
+    assert problem.stats is not None and other is not None
+    problem = replace(problem, stats=replace(problem.stats, second_moment=other.second_moment))
+    smooth = torch.ones(128) if "smooth" in scheme.steps else None
+    plain, misled = (
+        recipe.quantize_linear(problem, scheme, options_of(scheme, rounding=r), smooth)
+        for r in ("rtn", "gptq")
+    )
+    assert error_of(misled, problem, scheme) <= error_of(plain, problem, scheme) * (1 + 1e-6)
+
+
+def test_modulations_take_the_better_rounding() -> None:
+    for seed in range(3):
+        problem = problem_of(96, seed=seed)
+        assert problem.stats is not None
+        x = problem.stats.rows.double()
+        errors = []
+        for rounding in ("rtn", "gptq"):
+            q = recipe.quantize_modulation(problem, INT4_GROUP64, RecipeOptions(rounding=rounding))
+            assert q.smooth is None and q.lowrank is None and q.input_scale is None
+            assert q.bias is problem.bias
+            off = rtn.dequantize(q).double() - problem.weight.double()
+            errors.append(float((x @ off.T).norm()))
+        assert errors[1] < errors[0]
+
+
+# -------------------------------------------------------------------------- the whole layer
+
+
+@every_scheme
+@pytest.mark.parametrize("lack", ["nothing", "moment", "rows", "stats"])
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_any_knowledge_of_the_input_will_do(scheme: Scheme, lack: str, rounding: str) -> None:
+    problem = problem_of()
+    stats = problem.stats
+    assert stats is not None
+    known = {
+        "nothing": stats,
+        "moment": replace(stats, second_moment=None),
+        "rows": replace(stats, rows=stats.rows[:0]),
+        "stats": None,
+    }[lack]
+    asked = replace(problem, stats=known)
+    before = problem.weight.clone()
+    (q,) = recipe.quantize_group([asked], scheme, options_of(scheme, rounding=rounding))
+    assert torch.equal(problem.weight, before), "the weight was changed in place"
+    codes = scheme.weight.code in ("int4", "e2m1")
+    limit = (0.4 if lack == "stats" else 0.2) if codes else 0.05
+    if scheme is FP8 and lack == "stats":
+        assert q.input_scale is None
+    assert recipe.weight_error(q, problem.weight) < (0.2 if codes else 0.05)
+    assert error_of(q, problem, scheme) < limit
+    if known is not None:
+        assert math.isfinite(recipe.output_error(q, asked, scheme.activation))
+
+
+@every_scheme
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_weights_give_the_fp32_result(scheme: Scheme, dtype: torch.dtype) -> None:
+    problem = problem_of()
+    weight = problem.weight.bfloat16().half().to(dtype)
+    for stats in (problem.stats, None):
+        short = replace(problem, weight=weight, stats=stats)
+        full = replace(short, weight=weight.float())
+        kept = weight.clone()
+        one, two = (
+            recipe.quantize_group([p], scheme, options_of(scheme, rounding="gptq"))[0]
+            for p in (short, full)
+        )
+        assert torch.equal(weight, kept)
+        assert torch.equal(one.codes.float(), two.codes.float())
+        assert torch.equal(one.scale.float(), two.scale.float())
+
+
+@every_scheme
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_no_number_is_refused(scheme: Scheme, value: float, calibrated: bool) -> None:
+    problem = problem_of(calibrated=calibrated)
+    problem.weight[7, 11] = value
+    with pytest.raises(DataError, match="NaN or infinity"):
+        recipe.quantize_group([problem_of(calibrated=calibrated), problem], scheme, RecipeOptions())
+    with pytest.raises(DataError, match="NaN or infinity"):
+        recipe.quantize_modulation(problem, INT4_GROUP64, RecipeOptions(rounding="gptq"))
+
+
+def test_zero_weights() -> None:
+    for scheme in schemes().values():
+        for calibrated in (True, False):
+            problem = replace(problem_of(calibrated=calibrated), weight=torch.zeros(48, 128))
+            (q,) = recipe.quantize_group([problem], scheme, options_of(scheme, rounding="gptq"))
+            assert not bool(forward.effective_weight(q).any())
+            assert recipe.weight_error(q, problem.weight) == 0
+
+
+def test_stacked_linears_keep_their_own_tensor_scales() -> None:
+    problem = problem_of(48)
+    weight = problem.weight.clone()
+    weight[:16] *= 200
+    problem = replace(problem, weight=weight, parts=(16, 16, 16))
+    for rounding in ("rtn", "gptq"):
+        (q,) = recipe.quantize_group([problem], NVFP4, options_of(NVFP4, rounding=rounding))
+        assert q.tensor_scale is not None and q.tensor_scale.shape == (48,)
+        off = (forward.effective_weight(q) - weight).norm(dim=1) / weight.norm(dim=1)
+        assert float(off.max()) < 0.2, "a small part under a large one's scale loses everything"
+
+
+def test_fp8_gets_a_static_scale_only_from_activations() -> None:
+    problem = problem_of()
+    assert problem.stats is not None
+    (q,) = recipe.quantize_group([problem], FP8, RecipeOptions())
+    assert q.input_scale is not None and q.input_scale.shape == ()
+    assert float(q.input_scale) == pytest.approx(float(problem.stats.absmax.max()) / 448)
+    (q,) = recipe.quantize_group([replace(problem, stats=None)], FP8, RecipeOptions())
+    assert q.input_scale is None
+    still = replace(problem.stats, absmax=torch.zeros(128))
+    (q,) = recipe.quantize_group([replace(problem, stats=still)], FP8, RecipeOptions())
+    assert q.input_scale is not None and float(q.input_scale) == 1
+    (q,) = recipe.quantize_group([problem], INT8, RecipeOptions())
+    assert q.input_scale is None
+
+
+# ------------------------------------------------------------------------------- the shift
+
+
+def representable() -> tuple[Tensor, Tensor, Tensor]:
+    """A weight W, a smooth vector s and inputs x such that W diag(s) sits on int4's grid and
+    (x + shift) / s on uint4's, all in powers of two: nothing is rounded anywhere."""
+    rng = torch.Generator().manual_seed(4)
+    smooth = 2.0 ** torch.randint(-2, 3, (128,), generator=rng)
+    codes = torch.randint(-7, 8, (24, 128), generator=rng).float()
+    codes[:, ::64] = 7  # every group reaches its largest code, so the scale is what it was
+    steps = 2.0 ** torch.randint(-3, 2, (24, 2), generator=rng)
+    weight = codes * steps.repeat_interleave(64, 1) / smooth
+    seen = torch.randint(0, 16, (10, 128), generator=rng).float()
+    seen[:, ::64] = 15
+    x = seen * 0.25 * smooth - SHIFT
+    return weight, smooth, x
+
+
+def test_the_shift_is_exact_where_nothing_is_rounded() -> None:
+    weight, smooth, x = representable()
+    bias = torch.linspace(-2, 2, 24)
+    problem = LinearProblem(weight, bias, shift=SHIFT)
+    q = recipe.quantize_linear(problem, W4A4, RecipeOptions(rank=0, refinements=0), smooth)
+    assert q.shift == SHIFT
+    assert torch.equal(rtn.dequantize(q), weight * smooth)
+    want = x.double() @ weight.double().T + bias.double()
+    got = forward.apply(q, x, W4A4.activation).double()
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_the_shift_is_taken_out_of_the_bias(bias: bool, rank: int) -> None:
+    """bias' = b - shift Σ_k R(1/s): of the rounded residual; the low-rank branch sees no shift."""
+    problem = problem_of(seed=6, shift=SHIFT)
+    if not bias:
+        problem = replace(problem, bias=None)
+    options = RecipeOptions(rank=rank, refinements=1, rounding="gptq")
+    (q,) = recipe.quantize_group([problem], W4A4, options)
+    assert q.bias is not None and q.smooth is not None and q.lowrank is not None
+    residual = rtn.dequantize(q).double()
+    surplus = SHIFT * (residual / q.smooth.double()).sum(1)
+    want = (problem.bias.double() if problem.bias is not None else 0) - surplus
+    assert torch.allclose(q.bias.double(), want, rtol=1e-5, atol=1e-5)
+    assert error_of(q, problem, W4A4) < 0.15
+    assert problem.stats is not None  # with exact activations only the weight's error is left
+    x = problem.stats.rows
+    exact = forward.apply(q, x, None).double()
+    base = 0 if problem.bias is None else problem.bias.double()
+    unshifted = x.double() @ forward.effective_weight(q).double().T + base
+    assert torch.allclose(exact, unshifted, rtol=1e-4, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------- the forward
+
+
+@svdquant
+def test_the_effective_weight_is_the_formula(scheme: Scheme) -> None:
+    problem = problem_of()
+    (q,) = recipe.quantize_group([problem], scheme, options_of(scheme))
+    assert q.smooth is not None and q.lowrank is not None
+    codes = rtn.decode(q.codes, q.spec.code).double()
+    step = q.scale.double().repeat_interleave(q.spec.tile[1], 1)
+    second = 1.0 if q.tensor_scale is None else q.tensor_scale.double()[:, None]
+    branch = q.lowrank.up.double() @ q.lowrank.down.double()
+    want = codes * step * second / q.smooth.double() + branch
+    assert torch.allclose(forward.effective_weight(q).double(), want, rtol=1e-5, atol=1e-7)
+    off = float((want - problem.weight.double()).norm() / problem.weight.double().norm())
+    assert recipe.weight_error(q, problem.weight) == pytest.approx(off, rel=1e-4)
+
+
+@every_scheme
+def test_without_activation_rounding_the_forward_is_the_effective_weight(scheme: Scheme) -> None:
+    problem = problem_of()
+    (q,) = recipe.quantize_group([problem], scheme, options_of(scheme))
+    assert problem.stats is not None and q.bias is not None
+    x = problem.stats.rows
+    want = x.double() @ forward.effective_weight(q).double().T + q.bias.double()
+    assert torch.allclose(forward.apply(q, x, None).double(), want, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("shift", [0.0, SHIFT])
+def test_int4_is_kitchens_forward(shift: float) -> None:
+    """comfy-kitchen's eager kernels take the same natural codes; its activation scales stay in
+    fp32 here, ours are rounded to bf16 as nunchaku rounds them."""
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.svdquant")
+    problem = problem_of(seed=2, shift=shift)
+    (q,) = recipe.quantize_group([problem], W4A4, options_of(W4A4, rounding="gptq"))
+    assert problem.stats is not None and q.smooth is not None
+    assert q.lowrank is not None and q.bias is not None
+    x = problem.stats.rows
+    act, scales, side = kitchen.quantize_svdquant_w4a4(
+        x + shift,
+        q.smooth,
+        q.lowrank.down.float().T,
+        pad_size=1,
+        act_unsigned=bool(shift),
+        lora_x=x,
+    )
+    theirs = kitchen.scaled_mm_svdquant_w4a4(
+        act,
+        kitchen._pack_int4_row_major(q.codes),
+        scales,
+        q.scale.float().T.contiguous(),
+        side,
+        q.lowrank.up.float(),
+        q.bias,
+        act_unsigned=bool(shift),
+    )
+    spec = QuantSpec("int4", (1, 64))  # scales in fp32
+    ours = forward.apply(q, x, spec)
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3 * float(theirs.abs().max()))
+    rounded = forward.apply(q, x, W4A4.activation)
+    assert float((rounded - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_int8_is_kitchens_forward() -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    problem = problem_of(seed=2)
+    (q,) = recipe.quantize_group([problem], INT8, RecipeOptions())
+    assert problem.stats is not None and q.bias is not None
+    x = problem.stats.rows
+    codes, scales = kitchen.quantize_int8_rowwise(x)
+    sums = kitchen.mm_int8(codes, q.codes.T.contiguous()).double()
+    want = sums * scales.double() * q.scale.double().T + q.bias.double()
+    assert torch.allclose(forward.apply(q, x, INT8.activation).double(), want, rtol=1e-5, atol=1e-4)
+
+
+def test_fp8_is_kitchens_forward() -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    problem = problem_of(seed=2)
+    (q,) = recipe.quantize_group([problem], FP8, RecipeOptions())
+    assert problem.stats is not None and q.bias is not None and q.input_scale is not None
+    x = 2 * problem.stats.rows  # the loudest are clipped
+    for scale in (q.input_scale, torch.tensor(1.0)):
+        codes = kitchen.quantize_per_tensor_fp8(x, scale).double() * scale.double()
+        want = codes @ (q.codes.double() * q.scale.double()).T + q.bias.double()
+        given = replace(q, input_scale=scale)
+        got = forward.apply(given, x, FP8.activation).double()
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-3)
+    without = forward.apply(replace(q, input_scale=None), x, FP8.activation)
+    assert torch.equal(without, forward.apply(given, x, FP8.activation)), "the runtime takes 1"
+
+
+def test_one_code_by_hand() -> None:
+    """Two outputs of 64 inputs, of which three count: y = 7 * 0.5 * (...) computed on paper."""
+    codes = torch.zeros(2, 64, dtype=torch.int8)
+    codes[0, :3] = torch.tensor([7, -3, 1])
+    codes[1, 2] = 4
+    q = QuantizedTensor(
+        spec=QuantSpec("int4", (1, 64), scale="BF16"),
+        codes=codes,
+        scale=torch.tensor([[0.5], [2.0]]).bfloat16(),
+        bias=torch.tensor([10.0, -1.0]),
+        smooth=torch.full((64,), 2.0),
+        lowrank=LowRank(torch.ones(1, 64).bfloat16(), torch.tensor([[1.0], [3.0]]).bfloat16()),
+    )
+    x = torch.zeros(1, 64)
+    x[0, :3] = torch.tensor([14.0, 4.0, -2.0])
+    # x / 2 = 7, 2, -1: scale 1, nothing is lost. Sum of raw x = 16.
+    want = [0.5 * (7 * 7 - 3 * 2 - 1) + 16 + 10, 2.0 * 4 * -1 + 3 * 16 - 1]
+    assert forward.apply(q, x, W4A4.activation)[0].tolist() == want
+    assert forward.effective_weight(q)[:, :4].tolist() == [
+        [1 + 7 * 0.25, 1 - 3 * 0.25, 1.25, 1.0],
+        [3.0, 3.0, 7.0, 3.0],
+    ]
+
+
+def test_output_error_without_held_rows_is_the_moments() -> None:
+    """tr(E H Eᵀ) / tr(W H Wᵀ), with diag(mean square) where no moment was kept."""
+    problem = problem_of()
+    assert problem.stats is not None
+    (q,) = recipe.quantize_group([problem], INT8, RecipeOptions())
+    off = forward.effective_weight(q).double() - problem.weight.double()
+    for kept in (problem.stats.second_moment, None):
+        stats = replace(problem.stats, rows=torch.zeros(0, 128), second_moment=kept)
+        h = torch.diag(stats.mean_square) if kept is None else kept
+        w, h = problem.weight.double(), h.double()
+        want = math.sqrt(float(((off @ h) * off).sum() / ((w @ h) * w).sum()))
+        found = recipe.output_error(q, replace(problem, stats=stats), INT8.activation)
+        assert found == pytest.approx(want, rel=1e-3)
+
+
+def test_a_column_cut_of_statistics_is_that_of_the_input() -> None:
+    x = inputs(96, 1)
+    cut, want = stats_of(x).columns(32, 64), stats_of(x[:, 32:64])
+    for name in ("absmax", "mean", "mean_square", "second_moment", "rows"):
+        assert torch.allclose(getattr(cut, name), getattr(want, name), rtol=1e-4, atol=1e-4), name
+
+
+def test_tiles_over_all_rows_have_one_static_scale() -> None:
+    spec = QuantSpec("e4m3", (ALL, ALL))
+    x = torch.linspace(-500, 500, 32).view(2, 16)
+    seen = forward.quantize_activation(x, spec)
+    assert float(seen.max()) == 448
+    assert torch.equal(forward.quantize_activation(x, None), x)
