@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from dqconvert.converter.job import Report
 
 if TYPE_CHECKING:
-    from dqconvert.converter.convert import Prepared
+    from dqconvert.converter.prepare import Prepared
 
 
 def render(prepared: Prepared, report: Report) -> str:

@@ -115,7 +115,7 @@ def main() -> None:
 @reported
 def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
     """Quantize MODEL (the default command)."""
-    from dqconvert.converter.convert import prepare
+    from dqconvert.converter.prepare import prepare
 
     prepared = prepare(Job(**words))
     if dry_run:

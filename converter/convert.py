@@ -12,21 +12,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
-from dqconvert.converter.job import Job, LayerReport, Progress, Report
-from dqconvert.converter.plan import LayerPlan, Plan, PlanOptions, make_plan
-from dqconvert.converter.resolve import Model, resolve
-from dqconvert.converter.statistics import Calibration, config_of, plan_calibration
+from dqconvert.converter.job import LayerReport, Progress, Report
+from dqconvert.converter.plan import LayerPlan
+from dqconvert.converter.prepare import Prepared
 from dqconvert.formats.folder import OutputFolder
-from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import target, targets
 from dqconvert.formats.writer import StreamWriter
-from dqconvert.quantizers.errors import PlanError, SourceError
-from dqconvert.quantizers.schemes import scheme
 
 if TYPE_CHECKING:
     from dqconvert.quantizers.tensors import LayerStats
@@ -37,65 +29,6 @@ Stats = Mapping[str, "LayerStats"]
 
 MAX_WORKERS = 8
 """Groups in hand at once: each holds a few fp32 copies of one weight."""
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A job that is ready to run: everything decided, nothing computed."""
-
-    job: Job
-    model: Model
-    source: CanonicalSource
-    plan: Plan
-    calibration: Calibration | None
-    output: Path
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know of what was decided."""
-        found = []
-        chosen = self.plan.scheme
-        if self.calibration is None and chosen.rounding == "gptq":
-            found.append(
-                "no --calib: without activations there is no smoothing and no GPTQ; outlier "
-                "channels of the input will cost quality"
-            )
-        if self.calibration is None and any(
-            form.spec.code.startswith("e") and form.spec.tile == (-1, -1)
-            for form in self.plan.context.layers.values()
-        ):
-            found.append(
-                "no --calib: no input_scale is written, so the runtime quantizes activations at "
-                "scale 1 and clips them at 448"
-            )
-        if self.source.ignored:
-            found.append(f"{self.source.ignored} tensors of other components were left out")
-        return tuple(found)
-
-
-def prepare(job: Job) -> Prepared:
-    """Resolve, recognise and plan a job. Reads headers and prompts only; imports no torch.
-
-    Raises DQConvertError, with all problems of the plan at once.
-    """
-    chosen = scheme(job.scheme)
-    goal = target(job.target or chosen.targets[0])
-    model = resolve(job.model, whole=job.calib is not None)
-    raw = open_source(model.path)
-    for known in targets().values():
-        if known.recognize(raw.infos, raw.metadata, model.config or {}):
-            raise SourceError(
-                f"{model.path}: is already quantized, for {known.NAME}; give the original"
-            )
-    source = open_canonical(raw, model.path)
-    calibration = plan_calibration(job, model, source)
-    options = PlanOptions(job.rank, job.keep, calibration is not None)
-    plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
-    if job.rounding == "gptq" and calibration is None:
-        raise PlanError(["--rounding gptq needs activations: give prompts with --calib"])
-    output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
-    OutputFolder(output, job.overwrite).check()
-    return Prepared(job, model, source, plan, calibration, output)
 
 
 def convert(

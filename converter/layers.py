@@ -44,7 +44,7 @@ def run_group(
     problems = [problem_of(layer, source, stats) for layer in group]
     try:
         results = _quantize(group, problems, plan, options)
-    except (DataError, torch.linalg.LinAlgError):  # the SVD meets NaN before the rounding does
+    except DataError:
         _blame(group, source)
         raise
     tensors: Tensors = {}

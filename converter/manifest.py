@@ -18,7 +18,7 @@ from dqconvert.converter.job import Report
 from dqconvert.quantizers.errors import OutputError
 
 if TYPE_CHECKING:
-    from dqconvert.converter.convert import Prepared
+    from dqconvert.converter.prepare import Prepared
 
 NAME = "dqconvert.json"
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers")

@@ -13,8 +13,8 @@ import click
 from dqconvert.converter.job import LayerReport, Progress, Report
 
 if TYPE_CHECKING:
-    from dqconvert.converter.convert import Prepared
     from dqconvert.converter.inspect import Inspection
+    from dqconvert.converter.prepare import Prepared
     from dqconvert.converter.verify import Verdict
 
 T = TypeVar("T")

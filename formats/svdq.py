@@ -9,19 +9,13 @@ diffusers/quantizers/nunchaku/utils.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.recognition import Infos, differences
 from dqconvert.quantizers.schemes.svdquant import INT4_GROUP64, NVFP4_BF16
 from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dqconvert.quantizers.tensors import QuantizedTensor
 
 SHIFT_GELU = 0.171875
 """Above -min(GELU) = 0.17; exact in bf16."""
@@ -136,25 +130,6 @@ def _scale_infos(layout: Layout, form: PackedForm) -> dict[str, TensorInfo]:
     if layout.both_scales or form.parts > 1:
         infos["wcscales"] = TensorInfo("BF16", (n,))
     return infos
-
-
-def pack(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
-    """Exactly the tensors that promise names."""
-    from dqconvert.formats import svdq_tensors
-
-    kind = svdq_tensors.pack_w4a16 if is_w4a16(form) else svdq_tensors.pack_w4a4
-    return kind(layout, form, q)
-
-
-def unpack(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """The logical result: pack's argument again, up to the rounding of a bias that had 1 added.
-
-    A smoothing vector that pack was not given comes back as ones.
-    """
-    from dqconvert.formats import svdq_tensors
-
-    kind = svdq_tensors.unpack_w4a16 if is_w4a16(form) else svdq_tensors.unpack_w4a4
-    return kind(layout, form, tensors)
 
 
 def read_forms(

@@ -12,9 +12,24 @@ from torch import Tensor
 
 from dqconvert.formats import bits
 from dqconvert.formats.form import PackedForm
-from dqconvert.formats.svdq import Layout, is_nvfp4
+from dqconvert.formats.svdq import Layout, is_nvfp4, is_w4a16
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.tensors import LowRank, QuantizedTensor
+
+
+def pack(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
+    """Exactly the tensors that promise names."""
+    kind = pack_w4a16 if is_w4a16(form) else pack_w4a4
+    return kind(layout, form, q)
+
+
+def unpack(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+    """The logical result: pack's argument again, up to the rounding of a bias that had 1 added.
+
+    A smoothing vector that pack was not given comes back as ones.
+    """
+    kind = unpack_w4a16 if is_w4a16(form) else unpack_w4a4
+    return kind(layout, form, tensors)
 
 
 def pack_w4a4(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:

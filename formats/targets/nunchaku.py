@@ -75,12 +75,16 @@ def promise(form: PackedForm) -> dict[str, TensorInfo]:
 
 def pack(form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
     """See formats/targets."""
-    return svdq.pack(LAYOUT, form, q)
+    from dqconvert.formats import svdq_tensors
+
+    return svdq_tensors.pack(LAYOUT, form, q)
 
 
 def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """See formats/targets."""
-    return svdq.unpack(LAYOUT, form, tensors)
+    from dqconvert.formats import svdq_tensors
+
+    return svdq_tensors.unpack(LAYOUT, form, tensors)
 
 
 def recognize(
