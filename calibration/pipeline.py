@@ -211,7 +211,7 @@ def _encode(
         ]  # fmt: skip
         optional = {
             "device": settings.device,
-            "max_sequence_length": settings.max_sequence_length,
+            "max_sequence_length": settings.max_sequence_length or _text_length(pipe, signature),
             "negative_prompt": prompt.negative_prompt,
             "image": _picture(prompt, signature.name, "image" in signature.call),
         }
@@ -230,6 +230,19 @@ def _encode(
         for name, value in found.items()
         if name in signature.call
     }
+
+
+def _text_length(pipe: Any, signature: Signature) -> int | None:
+    """Tokens of text: the pipeline's own default, or fewer if its tokenizers are made for fewer."""
+    parameter = signature.encode.get("max_sequence_length")
+    lengths = [
+        part.model_max_length
+        for name, part in pipe.components.items()
+        if name.startswith("tokenizer") and hasattr(part, "model_max_length")
+    ]
+    if parameter is None or not isinstance(parameter.default, int) or not lengths:
+        return None
+    return min(parameter.default, max(lengths))
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -17,7 +17,7 @@ from dqconvert.calibration.prompts import Prompt
 from dqconvert.quantizers.errors import CalibrationError
 
 DTYPES = ("float32", "bfloat16", "float16")
-RULES = 1
+RULES = 2
 """Counts up when the same settings come to mean other statistics, so that old ones are refused."""
 
 
@@ -29,7 +29,7 @@ class CalibrationSettings:
     that the VAE was made for; samples: cap on the number of prompts; guidance: None for the
     pipeline's own; seed: of the noise, and of the choice of held rows; rows: held rows per site
     at most; moments: whether XᵀX is kept, which takes 4 K² bytes per site; max_sequence_length:
-    of the text, None for the pipeline's own.
+    of the text, None for the pipeline's own, or what its tokenizers are made for if that is less.
     """
 
     steps: int

@@ -54,27 +54,29 @@ def apply(q: QuantizedTensor, x: Tensor, activation: QuantSpec | None) -> Tensor
     return y if q.bias is None else y + q.bias.float()
 
 
+def take_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
+    """The layer that gives output channels start .. stop alone, on the borders of its tiles."""
+    rows, tiles = q.codes.shape[0], q.scale.shape[0]
+    cut = slice(start, stop)
+    grid = slice(start * tiles // max(rows, 1), -(-stop * tiles // max(rows, 1)))
+    second = q.tensor_scale
+    return replace(
+        q,
+        codes=q.codes[cut],
+        scale=q.scale[grid],
+        tensor_scale=second if second is None or second.numel() == 1 else second[cut],
+        bias=None if q.bias is None else q.bias[cut],
+        lowrank=None if q.lowrank is None else replace(q.lowrank, up=q.lowrank.up[cut]),
+    )
+
+
 def row_blocks(q: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]]:
     """A layer as layers of fewer rows, each with its first row: what fits the processor's cache."""
     rows, columns = q.codes.shape
-    tile = max(rows, 1) // max(q.scale.shape[0], 1)
-    step = max(tile, BLOCK // max(columns, 1) // tile * tile) if q.scale.shape[0] > 1 else 0
-    step = step or max(1, BLOCK // max(columns, 1))
+    tile = 1 if q.scale.shape[0] == 1 else rows // q.scale.shape[0]
+    step = max(1, BLOCK // max(columns, 1) // tile) * tile
     for start in range(0, rows, step):
-        cut = slice(start, start + step)
-        grid = slice(start // tile, (start + step) // tile)
-        second = q.tensor_scale
-        yield (
-            start,
-            replace(
-                q,
-                codes=q.codes[cut],
-                scale=q.scale if q.scale.shape[0] == 1 else q.scale[grid],
-                tensor_scale=second if second is None or second.numel() == 1 else second[cut],
-                bias=None if q.bias is None else q.bias[cut],
-                lowrank=None if q.lowrank is None else replace(q.lowrank, up=q.lowrank.up[cut]),
-            ),
-        )
+        yield start, take_rows(q, start, min(start + step, rows))
 
 
 def effective_weight(q: QuantizedTensor) -> Tensor:

@@ -192,8 +192,8 @@ def _finish(
     """
     bias = problem.bias
     if problem.shift:
-        assert smooth is not None
-        surplus = rtn.dequantize(q) @ (problem.shift / smooth)
+        shift = torch.full_like(q.codes[0], problem.shift, dtype=torch.float32)
+        surplus = rtn.dequantize(q) @ (shift if smooth is None else shift / smooth)
         bias = (0.0 if bias is None else bias.float()) - surplus
     scale = None
     if activation is not None and activation.tile == (ALL, ALL) and problem.stats is not None:
