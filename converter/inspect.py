@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dqconvert.converter.canonical import open_canonical
 from dqconvert.converter.reopen import reopen
+from dqconvert.converter.resolve import read_json
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import SourceError
@@ -33,11 +34,8 @@ def inspect(path: Path) -> Inspection:
         raise SourceError(f"{path}: no such file or folder")
     weights = path / "transformer" if (path / "model_index.json").exists() else path
     source = open_source(weights)
-    config = {}
-    if (path / "config.json").exists():
-        from dqconvert.converter.resolve import read_json
-
-        config = read_json(path / "config.json")
+    beside = source.files[0].parent / "config.json"
+    config = read_json(beside) if beside.exists() else {}
     for target in targets().values():
         if target.recognize(source.infos, source.metadata, config):
             return _quantized(path)

@@ -103,6 +103,11 @@ class Reopened:
         required, _ = expected(self.family, self.names())
         return sorted(required - self.names())
 
+    def unexpected(self) -> list[str]:
+        """Tensors of the file that no model of this family has."""
+        required, optional = expected(self.family, self.names())
+        return sorted(self.kept[name][0] for name in self.kept.keys() - required - optional)
+
     def unpack(self, layer: PackedLayer) -> QuantizedTensor:
         """The logical result of a layer, from its bytes."""
         prefix = f"{layer.name}."
@@ -167,10 +172,8 @@ def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
 def _source(path: Path) -> tuple[SafetensorsSource, Mapping[str, Any]]:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    if path.is_file():
-        return SafetensorsSource((path,)), {}
-    files = tuple(sorted(path.glob("*.safetensors")))
+    files = (path,) if path.is_file() else tuple(sorted(path.glob("*.safetensors")))
     if not files:
         raise SourceError(f"{path}: holds no .safetensors file")
-    config = path / "config.json"
+    config = files[0].parent / "config.json"
     return SafetensorsSource(files), read_json(config) if config.exists() else {}

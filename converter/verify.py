@@ -26,7 +26,7 @@ from dqconvert.converter.statistics import cache, config_of
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
 from dqconvert.quantizers import recipe, rtn
-from dqconvert.quantizers.errors import CalibrationError, DQConvertError, SourceError
+from dqconvert.quantizers.errors import CalibrationError, DQConvertError
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import CODES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
@@ -51,23 +51,27 @@ def verify(out: Path, against: str | None = None) -> Verdict:
     found = reopen(out)
     problems = [*found.recognized.problems, *_hashes(found)]
     problems += [f"{name}: missing from the file" for name in found.missing()]
+    problems += [f"{name}: unexpected" for name in found.unexpected()]
     reports: list[LayerReport] = []
-    reference = _Reference(found, against) if against else None
+    name = found.recognized.scheme or found.manifest.get("scheme")
+    reference = _Reference(found, name, against) if against and name else None
+    if against and not name:
+        problems.append(f"{found.path.name}: not compared, since its scheme cannot be told")
     if reference:
         problems += reference.differences()
     for layer in found.layers:
         try:
             q = found.unpack(layer)
+            report, wrong = reference.compare(layer, q) if reference else (_plain(found, layer), [])
         except (DQConvertError, KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{layer.name}: cannot be unpacked ({error!r})")
             continue
         problems += [f"{layer.name}: {what}" for what in _not_finite(q)]
-        report, wrong = reference.compare(layer, q) if reference else (_plain(found, layer), [])
         reports.append(report)
         problems += wrong
     for name in found.kept:
         tensor = found.read_kept(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not _finite(tensor):
             problems.append(f"{name}: holds NaN or infinity")
         elif reference:
             problems += reference.kept(name, tensor)
@@ -80,12 +84,10 @@ def verify(out: Path, against: str | None = None) -> Verdict:
 class _Reference:
     """The model that a file was made from, under the plan that should have made it."""
 
-    def __init__(self, found: Reopened, model_name: str) -> None:
+    def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
         model = resolve(model_name)
         self.source: CanonicalSource = open_canonical(open_source(model.path), model.path)
-        if found.recognized.scheme is None:
-            raise SourceError(f"{found.path}: its scheme cannot be told")
         options = PlanOptions(
             rank=found.recognized.rank or None,
             keep=found.manifest.get("options", {}).get("keep"),
@@ -94,7 +96,7 @@ class _Reference:
         self.plan: Plan = make_plan(
             self.source,
             found.target,
-            scheme(found.recognized.scheme),
+            scheme(scheme_name),
             options,
             (model.name, config_of(model, self.source)),
         )
@@ -150,7 +152,7 @@ def _plain(found: Reopened, layer: PackedLayer) -> LayerReport:
 
 def _not_finite(q: QuantizedTensor) -> Iterator[str]:
     parts = {
-        "codes": q.codes if q.codes.dtype.is_floating_point else None,
+        "codes": q.codes,
         "scale": q.scale,
         "tensor scale": q.tensor_scale,
         "bias": q.bias,
@@ -160,10 +162,17 @@ def _not_finite(q: QuantizedTensor) -> Iterator[str]:
         "input scale": q.input_scale,
     }
     for name, tensor in parts.items():
-        if tensor is not None and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor is not None and not _finite(tensor):
             yield f"{name} holds NaN or infinity"
     if q.smooth is not None and bool((q.smooth == 0).any()):
         yield "smooth holds zeros, by which the runtime divides"
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point():
+        return True
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor  # torch has none for fp8
+    return bool(torch.isfinite(tensor).all())
 
 
 def _bias(q: QuantizedTensor, problem: LinearProblem, form: PackedForm) -> Iterator[str]:
