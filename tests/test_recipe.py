@@ -231,6 +231,28 @@ def test_gptq_misled_by_its_moment_is_not_taken(scheme: Scheme) -> None:
     assert error_of(misled, problem, scheme) <= error_of(plain, problem, scheme) * (1 + 1e-6)
 
 
+@svdquant
+def test_gptq_sees_the_input_that_the_main_path_sees(scheme: Scheme) -> None:
+    """W under s and x is W s under 1 and x / s: in powers of two, to the last bit."""
+    problem = problem_of(seed=1)
+    assert problem.stats is not None
+    smooth = 2.0 ** torch.randint(-3, 4, (128,), generator=torch.Generator().manual_seed(2))
+    stats = replace(
+        problem.stats,
+        absmax=problem.stats.absmax / smooth,
+        mean_square=problem.stats.mean_square / smooth**2,
+        second_moment=problem.stats.second_moment / smooth[:, None] / smooth,
+        rows=problem.stats.rows / smooth,
+    )
+    folded = replace(problem, weight=problem.weight * smooth, stats=stats)
+    options = options_of(scheme, rank=0, rounding="gptq", refinements=0)
+    one = recipe.quantize_linear(problem, scheme, options, smooth)
+    two = recipe.quantize_linear(folded, scheme, options, torch.ones(128))
+    assert torch.equal(one.codes, two.codes) and torch.equal(one.scale.float(), two.scale.float())
+    plain = recipe.quantize_linear(problem, scheme, replace(options, rounding="rtn"), smooth)
+    assert not torch.equal(one.codes, plain.codes), "GPTQ was not taken"
+
+
 def test_modulations_take_the_better_rounding() -> None:
     for seed in range(3):
         problem = problem_of(96, seed=seed)
