@@ -242,7 +242,7 @@ def _text_length(pipe: Any, signature: Signature) -> int | None:
     ]
     if parameter is None or not isinstance(parameter.default, int) or not lengths:
         return None
-    return min(parameter.default, max(lengths))
+    return int(min(parameter.default, max(lengths)))
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
