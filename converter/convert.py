@@ -35,6 +35,8 @@ def convert(
     prepared: Prepared, listen: Callable[[Progress], None] = lambda _: None
 ) -> Iterator[LayerReport | Report]:
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
+    # Large buffers in huge pages: read once by torch, when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from dqconvert.converter import manifest
     from dqconvert.converter.statistics import statistics
 

@@ -64,8 +64,7 @@ def quantize_linear(
         return best[1]
     branch = best[1].lowrank
     assert branch is not None
-    residual = (problem.weight - lowrank.product(branch)).mul_(smooth)
-    q = _round(problem, residual, scheme.weight, options, smooth)
+    q = _round(problem, _residual(problem.weight, branch, smooth), scheme.weight, options, smooth)
     return _better(best, _finish(problem, q, smooth, branch, activation), problem, activation)[1]
 
 
@@ -130,17 +129,21 @@ def _refine(
 ) -> tuple[float, QuantizedTensor]:
     """L_0 = SVD(W), L_(k+1) = SVD(W - Q(W - L_k)) of the smoothed weight; the best, with RTN."""
     best: tuple[float, QuantizedTensor] | None = None
-    smoothed = problem.weight * smooth
-    rest = smoothed
+    rest = problem.weight * smooth
     for _ in range(options.refinements + 1):
         branch = lowrank.branch(rest, options.rank, smooth)
-        residual = (problem.weight - lowrank.product(branch)).mul_(smooth)
-        q = rtn.quantize(residual, scheme.weight, problem.parts)
+        rest = _residual(problem.weight, branch, smooth)
+        q = rtn.quantize(rest, scheme.weight, problem.parts)
         candidate = _finish(problem, q, smooth, branch, scheme.activation)
         best = _better(best, candidate, problem, scheme.activation)
-        rest = rtn.dequantize(q).neg_().add_(smoothed)
+        rest = rtn.dequantize(q).neg_().addcmul_(problem.weight, smooth)
     assert best is not None
     return best
+
+
+def _residual(weight: Tensor, branch: LowRank, smooth: Tensor) -> Tensor:
+    """(W - up down) diag(s), [N, K] fp32: what is left to be rounded."""
+    return (weight * smooth).addmm_(branch.up.float(), branch.down.float() * smooth, alpha=-1)
 
 
 def _rounded(
