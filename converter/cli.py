@@ -6,8 +6,10 @@ answer at once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -62,10 +64,12 @@ class Smooth(click.ParamType[str]):
 
 
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors of the user's into one line and exit 1, Ctrl-C into exit 130."""
+    """Turn errors of the user's into one line and exit 1, Ctrl-C and SIGTERM into 130."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.suppress(ValueError):  # only the main thread may
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return command(*args, **kwargs)
         except UnknownName as error:

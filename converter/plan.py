@@ -20,12 +20,14 @@ class PlanOptions:
     """What a user may change of a plan.
 
     rank: of low-rank branches, None for the scheme's; keep: regular expression over canonical
-    names of linears that stay unquantized; calibrated: whether statistics will be there.
+    names of linears that stay unquantized; calibrated: whether statistics will be there;
+    smooth: as typed, refused where the scheme has no smoothing.
     """
 
     rank: int | None = None
     keep: str | None = None
     calibrated: bool = False
+    smooth: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def _check_scheme(target: Target, scheme: Scheme, options: PlanOptions) -> None:
         problems.append(f"--rank: scheme {scheme.name} has no low-rank branch")
     elif options.rank is not None and (options.rank <= 0 or options.rank % 16):
         problems.append(f"--rank {options.rank}: must be a positive multiple of 16")
+    if options.smooth != "auto" and "smooth" not in scheme.steps:
+        problems.append(f"--smooth {options.smooth}: scheme {scheme.name} has no smoothing")
     if options.keep is not None:
         try:
             re.compile(options.keep)

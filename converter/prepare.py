@@ -67,7 +67,7 @@ def prepare(job: Job) -> Prepared:
             )
     source = open_canonical(raw, model.path)
     calibration = plan_calibration(job, model, source)
-    options = PlanOptions(job.rank, job.keep, calibration is not None)
+    options = PlanOptions(job.rank, job.keep, calibration is not None, job.smooth)
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     if job.rounding == "gptq" and calibration is None:
         raise PlanError(["--rounding gptq needs activations: give prompts with --calib"])

@@ -104,6 +104,11 @@ class _Reference:
             layer.name: layer for layer in self.plan.layers if layer.form
         }
         self._stats = _cached_stats(found)
+        self._said: Mapping[str, float] = {
+            layer["name"]: layer["weight_error"]
+            for layer in found.manifest.get("layers", ())
+            if layer["weight_error"] is not None
+        }
 
     def differences(self) -> Iterator[str]:
         """The tensors of the file that are not the promised ones."""
@@ -127,6 +132,11 @@ class _Reference:
         if not error <= LIMITS[CODES[layer.form.spec.code].bits]:
             problems.append(
                 f"{layer.name}: weight error {error:.3f}; these are not the model's weights"
+            )
+        elif abs(error - self._said.get(layer.name, error)) > 0.05 * error + 0.002:
+            problems.append(
+                f"{layer.name}: weight error {error:.4f}, the manifest says "
+                f"{self._said[layer.name]:.4f}; the layer was changed"
             )
         problems += [f"{layer.name}: {what}" for what in _bias(q, problem, layer.form)]
         output = None

@@ -172,7 +172,7 @@ def _round(
     smooth: Tensor | None,
 ) -> QuantizedTensor:
     """Round a weight that is already in the smoothed basis, by the rounding that is possible."""
-    if not _moments(problem, options) or spec.tile == (ALL, ALL):
+    if not _moments(problem, options):
         return rtn.quantize(weight, spec, problem.parts)
     assert problem.stats is not None and problem.stats.second_moment is not None
     moment = problem.stats.second_moment

@@ -181,7 +181,7 @@ def shard(tensors: Mapping[str, Tensor], folder: Path, count: int = 3) -> Path:
     """A sharded checkpoint with its index."""
     folder.mkdir(parents=True)
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(count):
         file = f"{Path(WEIGHTS).stem}-{number + 1:05}-of-{count:05}.safetensors"
         part = {name: tensors[name] for name in names[number::count]}

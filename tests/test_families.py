@@ -35,7 +35,12 @@ MODELS = [
     for name, configs in checkpoints.CONFIGS.items()
     for number, config in enumerate(configs)
 ]
-SMALL_MODELS = [p for p in MODELS if p.values[1]["num_layers"] < 19]
+SMALL_MODELS = [
+    pytest.param(families()[name], config, id=f"{name}-{number}")
+    for name, configs in checkpoints.CONFIGS.items()
+    for number, config in enumerate(configs)
+    if config["num_layers"] < 19
+]
 PATTERNS = sorted(
     {
         pattern

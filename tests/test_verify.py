@@ -344,6 +344,19 @@ def test_flipped_nibbles_are_named(shop: Workshop, pair: Pair) -> None:
         assert f"{layer}: weight error" in text and text.count("weight error") == 1
 
 
+@each_4bit
+def test_a_small_change_is_not_what_the_manifest_says(shop: Workshop, pair: Pair) -> None:
+    """Damage that the limits of the error alone would let pass."""
+    layer = SIDES[pair[1]][0]
+    smooth = {"nunchaku": "smooth", "diffusers": "smooth_factor"}[pair[1]]
+    second = {"svdquant-w4a4": "wscales", "svdquant-nvfp4": "wtscale"}[pair[0]]
+    for leaf, factor in ((smooth, 2.0), (smooth, 0.75), (second, 1.3)):
+        bad = shop.tensors(pair)
+        bad[f"{layer}.{leaf}"] *= factor
+        text = shop.problems(shop.damaged(pair, bad), reference=True)
+        assert f"{layer}: weight error" in text and text.count("weight error") == 1
+
+
 @each_8bit
 def test_a_transposed_weight_is_named(shop: Workshop, pair: Pair) -> None:
     name = "double_blocks.0.txt_attn.proj"

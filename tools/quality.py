@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dqconvert.calibration.quiet import quiet
-from dqconvert.converter.prepare import Prepared, prepare
 from dqconvert.converter.job import Job
 from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan
+from dqconvert.converter.prepare import Prepared, prepare
 from dqconvert.converter.reopen import PackedLayer
 from dqconvert.converter.resolve import embedded
 from dqconvert.converter.statistics import statistics

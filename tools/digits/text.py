@@ -65,22 +65,20 @@ def train_clip_tokenizer() -> CLIPTokenizer:
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
-    specials = ["<|unknown|>", "<|startoftext|>", "<|pad|>", "<|endoftext|>"]
     letters = [char for char in PRINTABLE if not char.isupper()]
-    specials_and_letters = specials + letters + [f"{char}</w>" for char in letters]
+    # Declared in full, for the trainer would number the word-final letters in hash order.
+    alphabet = ["<|unknown|>", "<|startoftext|>", "<|pad|>", "<|endoftext|>", *letters]
+    alphabet += [f"{char}</w>" for char in letters]
     raw.train_from_iterator(
         corpus(),
         trainers.BpeTrainer(
-            vocab_size=len(specials_and_letters) + 160,
-            special_tokens=specials,
-            initial_alphabet=letters,
+            vocab_size=len(alphabet) + 160,
+            special_tokens=alphabet,
             end_of_word_suffix="</w>",
             show_progress=False,
         ),
     )
-    vocab = raw.get_vocab()
-    for token in specials_and_letters:
-        vocab.setdefault(token, len(vocab))
+    vocab = dict(sorted(raw.get_vocab().items(), key=lambda item: item[1]))
     merges = [tuple(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
     return CLIPTokenizer(
         vocab=vocab,
