@@ -308,7 +308,8 @@ main()
 """
 
 
-def test_ctrl_c_leaves_nothing_behind(here: Path) -> None:
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_leaves_nothing_behind(here: Path, sign: signal.Signals) -> None:
     config = checkpoints.flux_config(num_attention_heads=8, num_layers=3, num_single_layers=6)
     infos = checkpoints.infos_of(checkpoints.meta_model(config))
     checkpoints.sparse(here / "big.safetensors", infos)
@@ -325,7 +326,7 @@ def test_ctrl_c_leaves_nothing_behind(here: Path) -> None:
         time.sleep(0.02)
     assert tree(here) != before
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sign)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert (out, err) == ("", "Interrupted; nothing was written.\n")
