@@ -292,7 +292,8 @@ def test_any_knowledge_of_the_input_will_do(scheme: Scheme, lack: str, rounding:
     limit = (0.4 if lack == "stats" else 0.2) if codes else 0.05
     if scheme is FP8 and lack == "stats":
         assert q.input_scale is None
-    assert recipe.weight_error(q, problem.weight) < (0.2 if codes else 0.05)
+    if rounding == "rtn":  # GPTQ gives up some of the weight for the output
+        assert recipe.weight_error(q, problem.weight) < (0.2 if codes else 0.05)
     assert error_of(q, problem, scheme) < limit
     if known is not None:
         assert math.isfinite(recipe.output_error(q, asked, scheme.activation))
