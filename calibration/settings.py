@@ -17,7 +17,7 @@ from dqconvert.calibration.prompts import Prompt
 from dqconvert.quantizers.errors import CalibrationError
 
 DTYPES = ("float32", "bfloat16", "float16")
-RULES = 2
+RULES = 1
 """Counts up when the same settings come to mean other statistics, so that old ones are refused."""
 
 

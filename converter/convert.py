@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,8 +36,7 @@ def convert(
     prepared: Prepared, listen: Callable[[Progress], None] = lambda _: None
 ) -> Iterator[LayerReport | Report]:
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
-    # Large buffers in huge pages: read once by torch, when it first allocates.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    _import_torch()
     from dqconvert.converter import manifest
     from dqconvert.converter.statistics import statistics
 
@@ -64,6 +64,17 @@ def convert(
         )
         report = manifest.write(folder, prepared, report)
     yield report
+
+
+def _import_torch() -> None:
+    """Import torch with Ctrl-C held back: its C++ side swallows an interruption of its imports."""
+    # Large buffers in huge pages: torch reads this when it first allocates.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        import torch  # noqa: F401
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def peak_memory() -> int:

@@ -53,7 +53,8 @@ def run_group(
         assert layer.form is not None
         packed = plan.target.pack(layer.form, q)
         tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
-        reports.append(_report(layer, problem, q, plan))
+        # What the bytes give back is what was lost, whatever was meant to be packed.
+        reports.append(_report(layer, problem, plan.target.unpack(layer.form, packed), plan))
     seconds = time.perf_counter() - start
     return tensors, [replace(report, seconds=seconds) for report in reports]
 

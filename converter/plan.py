@@ -112,6 +112,8 @@ def make_plan(
         planner.layer(entry, index)
         for entry, index in entries_of(source.family, target.DIALECT, source.infos)
     )
+    if not planner.matched:
+        planner.problems.append(f"--keep {options.keep}: matches no linear that is quantized")
     if planner.problems:
         raise PlanError(dict.fromkeys(planner.problems))  # a split linear is seen twice
     if not any(layer.form for layer in layers):
@@ -163,6 +165,7 @@ class _Planner:
         if "lowrank" in scheme.steps:
             self.rank = scheme.rank if options.rank is None else options.rank
         self.problems: list[str] = []
+        self.matched = options.keep is None
 
     def layer(self, entry: Entry, index: str) -> LayerPlan:
         """The plan of one entry of the target's dialect."""
@@ -178,6 +181,7 @@ class _Planner:
         if treatment is None:
             return self._kept(entry, index, f"{self.target.NAME} keeps {linears[0][0].role}")
         if self.options.keep and any(re.search(self.options.keep, name) for name in modules):
+            self.matched = True
             return self._kept(entry, index, "--keep")
         return self._quantized(entry, index, linears, treatment)
 

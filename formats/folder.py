@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +23,7 @@ class OutputFolder:
         self.path = path
         self._overwrite = overwrite
         self._working = path.parent / f"{path.name}.{os.getpid()}.partial"
+        self._made: list[Path] = []
 
     def check(self) -> None:
         """Refuse early what would be refused at the end."""
@@ -34,6 +36,7 @@ class OutputFolder:
 
     def __enter__(self) -> Path:
         self.check()
+        self._made = [parent for parent in self.path.parents if not parent.exists()]
         try:
             self._working.mkdir(parents=True)
         except OSError as error:
@@ -48,6 +51,9 @@ class OutputFolder:
     ) -> None:
         if kind is not None:
             shutil.rmtree(self._working, ignore_errors=True)
+            for parent in self._made:  # the innermost first
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
             return
         try:
             self.check()  # it may have appeared meanwhile

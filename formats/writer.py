@@ -44,7 +44,8 @@ class StreamWriter:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
             self._fd = os.open(self._partial, flags, 0o644)
-            os.posix_fallocate(self._fd, 0, self._header.size)
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(self._fd, 0, self._header.size)
             self._put(memoryview(self._start), 0)
         except OSError as error:
             self._discard()
