@@ -58,6 +58,27 @@ class CanonicalSource:
         tensor = self.source.read(origin.tensor, origin.rows)
         return swap_halves(tensor) if origin.swap else tensor
 
+    def stack(self, names: Sequence[str]) -> Tensor:
+        """Canonical tensors stacked on rows, read into one piece of memory."""
+        import torch
+
+        from dqconvert.quantizers.tensors import TORCH_DTYPES
+
+        infos = [self.infos[name] for name in names]
+        if len(names) == 1:
+            return self.read(names[0])
+        if len({info.dtype for info in infos}) > 1:
+            return torch.cat([self.read(name) for name in names])
+        rows = [info.shape[0] for info in infos]
+        whole = torch.empty((sum(rows), *infos[0].shape[1:]), dtype=TORCH_DTYPES[infos[0].dtype])
+        for name, part in zip(names, torch.split(whole, rows), strict=True):
+            origin = self._origins[name]
+            if origin.swap:
+                part.copy_(self.read(name))
+            else:
+                self.source.fill(origin.tensor, part, origin.rows)
+        return whole
+
     def where(self, name: str) -> str:
         """File and tensor that a canonical tensor comes from, for messages."""
         origin = self._origins[name]

@@ -62,7 +62,7 @@ def convert(
             peak_memory=peak_memory(),
             notes=prepared.notes,
         )
-        report = manifest.write(folder, prepared, report)
+        report = manifest.write(folder, prepared, report, {weights.name: writer.sha256})
     yield report
 
 

@@ -62,13 +62,13 @@ def run_group(
 def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> LinearProblem:
     """The linear that a layer of the plan stands for, stacked and cut as the plan says."""
     assert layer.form is not None
-    weights = [source.read(f"{module}.weight") for module in layer.modules]
-    parts = tuple(weight.shape[0] for weight in weights)
+    names = [f"{module}.weight" for module in layer.modules]
+    parts = tuple(source.infos[name].shape[0] for name in names)
     bias = None
     if layer.carries_bias and layer.form.bias:
         bias = torch.cat([_bias(m, n, source) for m, n in zip(layer.modules, parts, strict=True)])
     found = stats.get(layer.site)
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    weight = source.stack(names)
     if layer.columns is not None:
         weight = weight[:, slice(*layer.columns)].contiguous()
         found = found and found.columns(*layer.columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,14 +25,23 @@ NAME = "dqconvert.json"
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers")
 
 
-def write(folder: Path, prepared: Prepared, report: Report) -> Report:
-    """Complete an output folder whose weights are there; returns the report with its files."""
+def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[str, str]) -> Report:
+    """Complete an output folder whose weights are there; returns the report with its files.
+
+    digests: SHA-256 of the files that were hashed while they were written.
+    """
     plan = prepared.plan
     config = plan.target.config(plan.context)
     try:
         if config is not None:
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        files = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+        files = {
+            path.name: {
+                "bytes": path.stat().st_size,
+                "sha256": digests.get(path.name) or _digest(path),
+            }
+            for path in sorted(folder.iterdir())
+        }
         report = dataclasses.replace(report, files=files)
         (folder / NAME).write_text(json.dumps(describe(prepared, report), indent=2) + "\n")
         (folder / "README.md").write_text(card.render(prepared, report))
@@ -102,9 +112,6 @@ def _calibration(prepared: Prepared) -> dict[str, Any] | None:
     }
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
-        return {
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
+        return hashlib.file_digest(file, "sha256").hexdigest()

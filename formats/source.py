@@ -42,6 +42,10 @@ class Source(Protocol):
         """A tensor, or its rows start .. stop, in fresh memory."""
         ...
 
+    def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """The same into a contiguous tensor of its dtype and size."""
+        ...
+
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
         ...
@@ -88,16 +92,21 @@ class SafetensorsSource:
 
         from dqconvert.quantizers.tensors import TORCH_DTYPES
 
+        info = self.infos[name]
+        shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
+        out = torch.empty(shape, dtype=TORCH_DTYPES[info.dtype])
+        self.fill(name, out, rows)
+        return out
+
+    def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
+        import torch
+
         path = self._file_of[name]
         extent = self._headers[path].extents[name]
-        shape, offset = extent.info.shape, extent.offset
-        if rows is not None:
-            row = extent.info.nbytes // max(shape[0], 1)
-            offset, shape = offset + rows[0] * row, (rows[1] - rows[0], *shape[1:])
-        info = TensorInfo(extent.info.dtype, shape)
-        buffer = torch.empty(info.nbytes, dtype=torch.uint8)
-        _fill(path, offset, buffer.numpy().data)
-        return buffer.view(TORCH_DTYPES[info.dtype]).view(shape)
+        start = 0 if rows is None else rows[0]
+        row = extent.info.nbytes // max(extent.info.shape[0] if extent.info.shape else 1, 1)
+        _fill(path, extent.offset + start * row, out.view(-1).view(torch.uint8).numpy().data)
 
 
 def _fill(path: Path, offset: int, target: memoryview) -> None:

@@ -1,7 +1,7 @@
 """A safetensors file written while it is computed (see header.py for its bytes).
 
 The header goes down first; tensors fill their places in any order, from any thread. The file
-carries the suffix `.partial` until every byte is accounted for.
+carries the suffix `.partial` until every byte is accounted for, and is hashed as it grows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from dqconvert.formats import header
+from dqconvert.formats.hashing import FollowingHash
 from dqconvert.quantizers.errors import OutputError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -39,6 +40,13 @@ class StreamWriter:
         self._missing = set(infos)
         self._lock = threading.Lock()
         self._fd = -1
+        self._hash: FollowingHash | None = None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the finished file, in hexadecimal."""
+        assert self._hash is not None
+        return self._hash.digest()
 
     def __enter__(self) -> StreamWriter:
         try:
@@ -46,6 +54,7 @@ class StreamWriter:
             self._fd = os.open(self._partial, flags, 0o644)
             if hasattr(os, "posix_fallocate"):  # not on macOS
                 os.posix_fallocate(self._fd, 0, self._header.size)
+            self._hash = FollowingHash(self._fd, self._header.size)
             self._put(memoryview(self._start), 0)
         except OSError as error:
             self._discard()
@@ -91,6 +100,8 @@ class StreamWriter:
             raise ValueError(f"{len(self._missing)} tensors were never written: {self._missing}")
         try:
             os.fsync(self._fd)
+            if self._hash is not None:
+                self._hash.digest()
             fd, self._fd = self._fd, -1
             os.close(fd)
             self._partial.replace(self.path)
@@ -102,8 +113,12 @@ class StreamWriter:
         done = 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], offset + done)
+        if self._hash is not None:
+            self._hash.written(offset, len(data))
 
     def _discard(self) -> None:
+        if self._hash is not None:
+            self._hash.stop()
         if self._fd >= 0:
             with contextlib.suppress(OSError):
                 os.close(self._fd)

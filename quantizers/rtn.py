@@ -10,6 +10,8 @@ fp8 as comfy_kitchen/backends/eager/quantization.py.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the magnitude bits of e2m1 stand for."""
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 19
 """Weights that are converted to fp32 at a time: they stay in the processor's cache."""
 
 
@@ -49,13 +51,20 @@ def dequantize(q: QuantizedTensor) -> Tensor:
 def absmax(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Largest magnitude of each tile: spec.grid([N, K]) fp32. DataError if one is not finite."""
     shape = (weight.shape[0], weight.shape[1])
-    grid = spec.grid(shape)
+    grid, tile = spec.grid(shape), spec.tile_of(shape)
     if weight.numel() == 0:
         return torch.zeros(grid, dtype=torch.float32, device=weight.device)
-    amax = _tiled(weight, spec, shape).abs().amax((1, 3)) if grid[0] != 1 else _whole(weight, spec)
+    tops = []
+    for cut in _row_blocks(shape, spec):
+        block = weight[cut].to(torch.float32, copy=True).abs_()
+        rows = min(tile[0], block.shape[0])
+        tops.append(block.view(-1, rows, grid[1], tile[1]).amax((1, 3)))
+    amax = torch.cat(tops)
+    if spec.tile[0] == ALL:
+        amax = amax.amax(0, keepdim=True)
     if not bool(torch.isfinite(amax).all()):
         raise DataError("holds NaN or infinity")
-    return amax.float()
+    return amax
 
 
 def tensor_scales(amax: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()) -> Tensor | None:
@@ -104,15 +113,10 @@ def encode(weight: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec
     step = effective_scale(scale, second)
     codes = torch.empty(shape, dtype=_code_dtype(spec.code), device=weight.device)
     tile = spec.tile_of(shape)[0]
-    rows = (
-        max(shape[0], 1) if spec.tile[0] == ALL else tile * max(1, _BLOCK // (tile * shape[1] or 1))
-    )
-    if spec.tile == (ALL, ALL):
-        rows = max(1, _BLOCK // (shape[1] or 1))
-    for start in range(0, shape[0], rows):
-        block = weight[start : start + rows].to(torch.float32, copy=True)
-        grid_rows = step if step.shape[0] == 1 else step[start // tile : (start + rows) // tile]
-        codes[start : start + rows] = round_to(_scaled(block, grid_rows, spec), spec.code)
+    for cut in _row_blocks(shape, spec):
+        block = weight[cut].to(torch.float32, copy=True)
+        grid_rows = step if step.shape[0] == 1 else step[cut.start // tile : cut.stop // tile]
+        codes[cut] = round_to(_scaled(block, grid_rows, spec), spec.code)
     return codes
 
 
@@ -141,10 +145,22 @@ def _round_e2m1(values: Tensor) -> Tensor:
 
 def decode(codes: Tensor, code: str) -> Tensor:
     """What codes stand for, before any scale: fp32."""
-    if code != "e2m1":
-        return codes.float()
-    table = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)
-    return table[codes.int()]
+    if code == "e2m1":
+        table = torch.tensor(
+            [*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device
+        )
+        return table[codes.int()]
+    if code == "e4m3" and _all_numbers(codes):
+        # Torch converts float8 one by one. The bits of e4m3, seven places up, are those of an
+        # fp16 that is 2^-8 times as large; sign extension has left ones to clear.
+        half = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
+        return half.view(torch.float16).float().mul_(256.0)
+    return codes.float()
+
+
+def _all_numbers(codes: Tensor) -> bool:
+    """Whether no e4m3 code is NaN."""
+    return codes.numel() == 0 or int((codes.view(torch.uint8) & 127).amax()) < 127
 
 
 def _scaled(block: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
@@ -167,13 +183,12 @@ def _tiled(weight: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
     return weight.reshape(rows, tile[0], cols, tile[1])
 
 
-def _whole(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Tile maxima where one tile covers all rows, without a second copy of the weight."""
-    tops = torch.stack(
-        [block.abs().amax(0) for block in torch.split(weight, max(1, _BLOCK // weight.shape[1]))]
-    )
-    shape = (weight.shape[0], weight.shape[1])
-    return tops.amax(0).view(1, spec.grid(shape)[1], -1).amax(2)
+def _row_blocks(shape: tuple[int, int], spec: QuantSpec) -> Iterator[slice]:
+    """Rows in blocks that fit the cache, cut at the borders of tiles where tiles end at all."""
+    tile = 1 if spec.tile[0] == ALL else spec.tile_of(shape)[0]
+    step = tile * max(1, _BLOCK // (tile * shape[1] or 1))
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
 
 
 def _positive(scale: Tensor) -> Tensor:

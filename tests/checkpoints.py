@@ -43,6 +43,9 @@ class Memory:
         tensor = self.tensors[name]
         return (tensor if rows is None else tensor[slice(*rows)]).clone()
 
+    def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
+        out.copy_(self.read(name, rows))
+
     def where(self, name: str) -> Path:
         return self.files[0]
 

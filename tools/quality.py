@@ -185,7 +185,6 @@ def measure(row: Recipe, reference: Reference) -> tuple[float, float]:
 @click.option("--only", default="", metavar="REGEX", help="Recipes whose title matches.")
 def main(images: int, untouched: bool, only: str) -> None:
     """Print the table."""
-    torch.set_num_threads(2)
     with tempfile.TemporaryDirectory() as scratch:
         references = {"planted": Reference(FOLDER, images)}
         if untouched:
