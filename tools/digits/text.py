@@ -29,7 +29,7 @@ from transformers import (
 from digits.words import NOTHING, corpus
 
 WIDTH = 64  # hidden size of both encoders: the transformer's text and pooled widths
-CLIP_LENGTH = 32
+CLIP_LENGTH = T5_LENGTH = 32
 CHARACTER_SCORE = -20.0  # below any word of the corpus
 PRINTABLE = [chr(code) for code in range(33, 127)]
 
@@ -105,7 +105,7 @@ def train_t5_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(piece, round(math.log(n / total), 4)) for piece, n in sorted(counts.items())]
     pieces += [(char, CHARACTER_SCORE) for char in ["▁", *PRINTABLE] if char not in counts]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=512)
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_LENGTH)
 
 
 def _encoders(clip_tokenizer: Any, t5_tokenizer: Any) -> tuple[CLIPTextModel, T5EncoderModel]:
