@@ -58,25 +58,28 @@ class CanonicalSource:
         tensor = self.source.read(origin.tensor, origin.rows)
         return swap_halves(tensor) if origin.swap else tensor
 
-    def stack(self, names: Sequence[str]) -> Tensor:
-        """Canonical tensors stacked on rows, read into one piece of memory."""
+    def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
+        """Canonical tensors stacked on rows, or rows start .. stop of the stack, in one piece."""
         import torch
 
         from dqconvert.quantizers.tensors import TORCH_DTYPES
 
         infos = [self.infos[name] for name in names]
-        if len(names) == 1:
-            return self.read(names[0])
-        if len({info.dtype for info in infos}) > 1:
-            return torch.cat([self.read(name) for name in names])
-        rows = [info.shape[0] for info in infos]
-        whole = torch.empty((sum(rows), *infos[0].shape[1:]), dtype=TORCH_DTYPES[infos[0].dtype])
-        for name, part in zip(names, torch.split(whole, rows), strict=True):
-            origin = self._origins[name]
-            if origin.swap:
-                part.copy_(self.read(name))
-            else:
-                self.source.fill(origin.tensor, part, origin.rows)
+        start, stop = rows or (0, sum(info.shape[0] for info in infos))
+        if len({info.dtype for info in infos}) > 1 or any(self._origins[n].swap for n in names):
+            return torch.cat([self.read(name) for name in names])[start:stop]
+        dtype = TORCH_DTYPES[infos[0].dtype]
+        whole = torch.empty((stop - start, *infos[0].shape[1:]), dtype=dtype)
+        first = 0
+        for name, info in zip(names, infos, strict=True):
+            last = first + info.shape[0]
+            low, high = max(first, start), min(last, stop)
+            if low < high:
+                origin = self._origins[name]
+                base = (origin.rows[0] if origin.rows else 0) - first
+                part = whole[low - start : high - start]
+                self.source.fill(origin.tensor, part, (low + base, high + base))
+            first = last
         return whole
 
     def where(self, name: str) -> str:

@@ -53,9 +53,10 @@ def convert(
             for reports in _groups(prepared, writer, stats, listen):
                 layers += reports
                 yield from reports
+        places = {layer.name: place for place, layer in enumerate(plan.layers)}
         report = Report(
             output=prepared.output,
-            layers=tuple(layers),
+            layers=tuple(sorted(layers, key=lambda layer: places[layer.name])),
             source_bytes=plan.source_bytes,
             output_bytes=plan.nbytes,
             seconds=time.perf_counter() - start,
@@ -92,19 +93,18 @@ def _groups(
     """Quantize and write all groups of the plan; yields the reports of each."""
     import torch
 
-    from dqconvert.converter.layers import run_group
+    from dqconvert.converter.layers import Work, run_group
     from dqconvert.quantizers.recipe import RecipeOptions
 
     plan, job = prepared.plan, prepared.job
     options = RecipeOptions(
         rank=plan.context.rank, rounding=job.rounding or plan.scheme.rounding, smooth=job.smooth
     )
+    shared = Work(plan, prepared.source, stats, options, writer)
     done = 0
 
     def work(group: list[LayerPlan]) -> tuple[int, list[LayerReport]]:
-        tensors, reports = run_group(group, plan, prepared.source, stats, options)
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
+        reports = run_group(group, shared)
         names = {name for layer in group for name in layer.sources}
         return sum(prepared.source.infos[name].nbytes for name in names), reports
 

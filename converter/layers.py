@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from dqconvert.converter.canonical import CanonicalSource, compose
 from dqconvert.converter.family import fill, leaves
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
+from dqconvert.converter.streaming import stream_layer, streams
+from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.recipe import RecipeOptions
@@ -27,36 +29,56 @@ Stats = Mapping[str, LayerStats]
 Tensors = dict[str, Tensor]
 
 
-def run_group(
-    group: Sequence[LayerPlan],
-    plan: Plan,
-    source: CanonicalSource,
-    stats: Stats,
-    options: RecipeOptions,
-) -> tuple[Tensors, list[LayerReport]]:
-    """All output tensors of layers that are quantized together, and a report of each.
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What all groups of a conversion share."""
+
+    plan: Plan
+    source: CanonicalSource
+    stats: Stats
+    options: RecipeOptions
+    writer: StreamWriter
+
+
+def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
+    """Quantize layers that belong together, write all their tensors, report each.
 
     Raises DataError that names file and tensor where a weight holds NaN or infinity.
     """
     if group[0].form is None:
-        return _kept(group[0], source), []
-    start = time.perf_counter()
-    problems = [problem_of(layer, source, stats) for layer in group]
+        for name, tensor in _kept(group[0], work.source).items():
+            work.writer.write(name, tensor)
+        return []
     try:
-        results = _quantize(group, problems, plan, options)
+        if all(streams(layer, work.plan, bool(work.stats)) for layer in group):
+            return [
+                stream_layer(
+                    layer, work.plan, work.source, _biases(layer, work.source), work.writer
+                )
+                for layer in group
+            ]
+        return _together(group, work)
     except DataError:
-        _blame(group, source)
+        _blame(group, work.source)
         raise
-    tensors: Tensors = {}
+
+
+def _together(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
+    """Layers that share a smooth vector: all in memory at once."""
+    start = time.perf_counter()
+    target = work.plan.target
+    problems = [problem_of(layer, work.source, work.stats) for layer in group]
+    results = _quantize(group, problems, work.plan, work.options)
     reports = []
     for layer, problem, q in zip(group, problems, results, strict=True):
         assert layer.form is not None
-        packed = plan.target.pack(layer.form, q)
-        tensors |= {f"{layer.name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        packed = target.pack(layer.form, q)
+        for suffix, tensor in packed.items():
+            work.writer.write(f"{layer.name}.{suffix}", tensor)
         # What the bytes give back is what was lost, whatever was meant to be packed.
-        reports.append(_report(layer, problem, plan.target.unpack(layer.form, packed), plan))
+        reports.append(_report(layer, problem, target.unpack(layer.form, packed), work.plan))
     seconds = time.perf_counter() - start
-    return tensors, [replace(report, seconds=seconds) for report in reports]
+    return [replace(report, seconds=seconds) for report in reports]
 
 
 def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> LinearProblem:
@@ -64,16 +86,12 @@ def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> Linea
     assert layer.form is not None
     names = [f"{module}.weight" for module in layer.modules]
     parts = tuple(source.infos[name].shape[0] for name in names)
-    bias = None
-    if layer.carries_bias and layer.form.bias:
-        bias = torch.cat([_bias(m, n, source) for m, n in zip(layer.modules, parts, strict=True)])
+    bias = _biases(layer, source)
     found = stats.get(layer.site)
     weight = source.stack(names)
     if layer.columns is not None:
         weight = weight[:, slice(*layer.columns)].contiguous()
         found = found and found.columns(*layer.columns)
-    if bias is None and layer.form.bias:
-        bias = torch.zeros(weight.shape[0], dtype=TORCH_DTYPES[layer.form.bias_dtype])
     return LinearProblem(weight, bias, parts if len(parts) > 1 else (), layer.form.shift, found)
 
 
@@ -120,6 +138,17 @@ def _kept(layer: LayerPlan, source: CanonicalSource) -> Tensors:
         parts = [_finite(fill(ours, layer.index), source) for ours in leaf.ours]
         found[name] = compose(leaf, parts).to(TORCH_DTYPES[layer.outputs[name].dtype])
     return found
+
+
+def _biases(layer: LayerPlan, source: CanonicalSource) -> Tensor | None:
+    """The bias [N] of a layer; zeros where another layer carries it, None if it has none."""
+    assert layer.form is not None
+    if not layer.form.bias:
+        return None
+    if not layer.carries_bias:
+        return torch.zeros(layer.form.shape[0], dtype=TORCH_DTYPES[layer.form.bias_dtype])
+    rows = [source.infos[f"{module}.weight"].shape[0] for module in layer.modules]
+    return torch.cat([_bias(m, n, source) for m, n in zip(layer.modules, rows, strict=True)])
 
 
 def _bias(module: str, rows: int, source: CanonicalSource) -> Tensor:

@@ -37,7 +37,7 @@ class StreamWriter:
         self.path = path
         self._partial = path.with_name(path.name + ".partial")
         self._start, self._header = header.encode(infos, metadata)
-        self._missing = set(infos)
+        self._missing = {name: info.nbytes for name, info in infos.items()}
         self._lock = threading.Lock()
         self._fd = -1
         self._hash: FollowingHash | None = None
@@ -61,28 +61,34 @@ class StreamWriter:
             raise self._failed(error) from error
         return self
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put one tensor into its place.
+    def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
+        """Put one tensor into its place, or some rows of it that begin at row.
 
-        A tensor that is not as promised, or comes twice, is our own mistake: ValueError.
+        What is not as promised, or comes twice, is our own mistake: ValueError.
         """
         from dqconvert.quantizers.tensors import DTYPE_NAMES
 
         extent = self._header.extents[name]
         found = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        if found != extent.info:
-            raise ValueError(f"{name}: promised {extent.info}, computed {found}")
+        promised = extent.info
+        if row is not None:
+            promised = TensorInfo(promised.dtype, (found.shape[0], *promised.shape[1:]))
+        if found != promised:
+            raise ValueError(f"{name}: promised {promised}, computed {found}")
         with self._lock:
-            if name not in self._missing:
+            self._missing[name] = self._missing.get(name, 0) - found.nbytes
+            if self._missing[name] < 0 or (row is None and self._missing[name]):
                 raise ValueError(f"{name}: written twice")
-            self._missing.discard(name)
-        if not extent.info.nbytes:
+            if not self._missing[name]:
+                del self._missing[name]
+        if not found.nbytes:
             return
         import torch
 
+        start = 0 if row is None else row * (found.nbytes // found.shape[0])
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
         try:
-            self._put(data, extent.offset)
+            self._put(data, extent.offset + start)
         except OSError as error:
             raise self._failed(error) from error
 
@@ -97,7 +103,7 @@ class StreamWriter:
             return
         if self._missing:
             self._discard()
-            raise ValueError(f"{len(self._missing)} tensors were never written: {self._missing}")
+            raise ValueError(f"{len(self._missing)} tensors were never written: {[*self._missing]}")
         try:
             os.fsync(self._fd)
             if self._hash is not None:

@@ -77,13 +77,19 @@ def quantize_modulation(
 
 def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
     """||W' - W|| / ||W||, Frobenius norms, of the weight that the whole layer stands for."""
+    off, whole = squared_error(q, weight)
+    return math.sqrt(off / whole if whole else off)
+
+
+def squared_error(q: QuantizedTensor, weight: Tensor) -> tuple[float, float]:
+    """(||W' - W||², ||W||²), so that blocks of rows can be added up."""
     off = whole = 0.0
     for start, part in row_blocks(q):
         reference = weight[start : start + part.codes.shape[0]].float()
         whole += float(torch.dot(reference.view(-1), reference.view(-1)))
         difference = effective_weight(part).sub_(reference).view(-1)
         off += float(torch.dot(difference, difference))
-    return math.sqrt(off / whole if whole else off)
+    return off, whole
 
 
 def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSpec | None) -> float:

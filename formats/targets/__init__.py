@@ -7,6 +7,7 @@ A target module holds
     KEEP_DTYPE                  dtype of tensors that stay unquantized, None to keep each as found
     ROLES                       {role of a linear: "weight" | "modulation"}; others are kept
     PARTIAL                     whether single linears may stay unquantized
+    ROWS                        whether a layer packed in blocks of rows gives the same bytes
     accepts(scheme)             None, or why the runtime has no layout for this scheme
     problem(form)               None, or why this layer cannot be packed
     shift(form)                 the constant that the runtime adds to inputs behind a GELU
@@ -61,6 +62,7 @@ class Target(Protocol):
     KEEP_DTYPE: str | None
     ROLES: Mapping[str, str]
     PARTIAL: bool
+    ROWS: bool
 
     def accepts(self, scheme: Scheme) -> str | None: ...
 

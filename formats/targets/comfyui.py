@@ -43,6 +43,7 @@ DIALECT = "original"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
 PARTIAL = True
+ROWS = True
 
 ROW, TENSOR = (1, ALL), (ALL, ALL)
 FORMATS = {

@@ -34,6 +34,7 @@ DIALECT = "diffusers"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = True
+ROWS = False
 
 LAYOUT = svdq.Layout(
     smooth=("smooth_factor",),

@@ -40,6 +40,7 @@ DIALECT = "nunchaku"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = False
+ROWS = False
 
 LAYOUT = svdq.Layout(
     smooth=("smooth", "smooth_orig"),
