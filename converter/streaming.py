@@ -55,7 +55,7 @@ def stream_layer(
     whole = _whole_scale(layer.form, source, names)
     off = total = 0.0
     for rows in _blocks(layer.form):
-        weight = source.stack(names, rows)
+        weight = source.stack(names, rows).float()
         q = rtn.quantize(weight, spec) if whole is None else _under(weight, whole, spec)
         q = replace(q, bias=None if bias is None else bias[slice(*rows)])
         form = replace(layer.form, shape=(rows[1] - rows[0], layer.form.shape[1]))

@@ -20,7 +20,7 @@ from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
 
-BLOCK = 1 << 19
+BLOCK = 1 << 20
 """Weights in a block of rows."""
 
 

@@ -22,7 +22,7 @@ from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the magnitude bits of e2m1 stand for."""
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 20
 """Weights that are converted to fp32 at a time: they stay in the processor's cache."""
 
 
