@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 class FollowingHash:
@@ -47,7 +47,7 @@ class FollowingHash:
         return self._hash.hexdigest()
 
     def _follow(self) -> None:
-        done = 0
+        done, buffer = 0, memoryview(bytearray(CHUNK))
         while done < self._size:
             with self._changed:
                 self._changed.wait_for(lambda at=done: self._stopped or self._ready > at)  # type: ignore[misc]
@@ -55,6 +55,6 @@ class FollowingHash:
                     return
                 ready = self._ready
             while done < ready:
-                chunk = os.pread(self._fd, min(CHUNK, ready - done), done)
-                self._hash.update(chunk)
-                done += len(chunk)
+                count = os.preadv(self._fd, [buffer[: ready - done]], done)
+                self._hash.update(buffer[:count])
+                done += count
