@@ -35,8 +35,8 @@ class Prepared:
         chosen = self.plan.scheme
         if self.calibration is None and chosen.rounding == "gptq":
             found.append(
-                "no --calib: without activations there is no smoothing and no GPTQ; outlier "
-                "channels of the input will cost quality"
+                "no --calib: without activations there is neither smoothing nor GPTQ; on "
+                "flux-digits that costs 5 dB of PSNR, and 11 to 16 dB with outlier channels"
             )
         if self.calibration is None and any(
             form.spec.code.startswith("e") and form.spec.tile == (-1, -1)

@@ -154,6 +154,7 @@ def main(blocks: str, runs: int, schemes: str, folder: Path) -> None:
         for name, command in commands.items():
             if turn == 0 or not name.startswith("svdquant"):
                 copy.unlink(missing_ok=True)
+                os.sync()  # nobody pays for the write-back of the one before
                 found[name].append(measure(command))
     copy.unlink(missing_ok=True)
     click.echo(f"{size / 1e9:.2f} GB, {double} double and {single} single blocks\n")
