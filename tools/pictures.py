@@ -28,9 +28,9 @@ SCALE, GAP = 3, 2
 
 def pipeline() -> object:
     """flux-digits in fp32."""
-    from diffusers import FluxPipeline
-
     with quiet():
+        from diffusers import FluxPipeline
+
         return FluxPipeline.from_pretrained(embedded()["flux-digits"])
 
 

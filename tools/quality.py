@@ -98,9 +98,9 @@ class Reference:
 
     def pipeline(self) -> Any:
         """A fresh pipeline in fp32."""
-        from diffusers import FluxPipeline
-
         with quiet():
+            from diffusers import FluxPipeline
+
             pipe = FluxPipeline.from_pretrained(self.folder)
         pipe.set_progress_bar_config(disable=True)
         return pipe
