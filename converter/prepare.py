@@ -66,7 +66,7 @@ def prepare(job: Job) -> Prepared:
                 f"{model.path}: is already quantized, for {known.NAME}; give the original"
             )
     source = open_canonical(raw, model.path)
-    calibration = plan_calibration(job, model, source)
+    calibration = plan_calibration(job, model, source, job.rounding or chosen.rounding)
     options = PlanOptions(job.rank, job.keep, calibration is not None, job.smooth)
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     if job.rounding == "gptq" and calibration is None:

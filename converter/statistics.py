@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,13 @@ class Calibration:
     path: Path
 
 
-def plan_calibration(job: Job, model: Model, source: CanonicalSource) -> Calibration | None:
+def plan_calibration(
+    job: Job, model: Model, source: CanonicalSource, rounding: str = "gptq"
+) -> Calibration | None:
     """Decide a job's calibration, None if it asks for none. Reads prompts, runs nothing.
+
+    rounding: only "gptq" needs second moments, which take 4 K² bytes for each input; others do
+    without, unless statistics that have them are there already.
 
     Raises CalibrationError on bad prompts or where the text encoders are missing.
     """
@@ -57,11 +62,17 @@ def plan_calibration(job: Job, model: Model, source: CanonicalSource) -> Calibra
         samples=job.calib_samples,
         dtype="float32" if total <= FP32_LIMIT else "bfloat16",
     )
-    sites = _sites(source)
-    key = stats_key(_fingerprint(source), prompts, settings, sites)
-    return Calibration(
-        prompts, settings, sites, _pipeline(job, model), key, cache() / f"{key}.safetensors"
-    )
+    sites, pipeline = _sites(source), _pipeline(job, model)
+
+    def under(settings: CalibrationSettings) -> Calibration:
+        key = stats_key(_fingerprint(source), prompts, settings, sites)
+        path = cache() / f"{key}.safetensors"
+        return Calibration(prompts, settings, sites, pipeline, key, path)
+
+    whole = under(settings)
+    if rounding == "gptq" or whole.path.exists():
+        return whole
+    return under(replace(settings, moments=False))
 
 
 def statistics(
