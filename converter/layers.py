@@ -105,7 +105,8 @@ def _quantize(
     assert form is not None
     if form.splits and plan.scheme.modulation is not None:
         return [recipe.quantize_modulation(p, form.spec, options) for p in problems]
-    found = recipe.quantize_group(problems, plan.scheme, options)
+    scheme = replace(plan.scheme, activation=plan.target.activation(form, plan.scheme))
+    found = recipe.quantize_group(problems, scheme, options)
     return [
         q if layer.form and layer.form.input_scale else replace(q, input_scale=None)
         for layer, q in zip(group, found, strict=True)
@@ -116,8 +117,7 @@ def _report(
     layer: LayerPlan, problem: LinearProblem, q: QuantizedTensor, plan: Plan
 ) -> LayerReport:
     assert layer.form is not None
-    weight_only = layer.form.splits and plan.scheme.modulation is not None
-    activation = None if weight_only else plan.scheme.activation
+    activation = plan.target.activation(layer.form, plan.scheme)
     return LayerReport(
         name=layer.name,
         format=f"{layer.form.spec.code}{'+lowrank' if layer.form.rank else ''}",

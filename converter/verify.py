@@ -141,8 +141,7 @@ class _Reference:
         problems += [f"{layer.name}: {what}" for what in _bias(q, problem, layer.form)]
         output = None
         if problem.stats is not None:
-            weight_only = layer.form.splits and self.plan.scheme.modulation is not None
-            activation = None if weight_only else self.plan.scheme.activation
+            activation = self.plan.target.activation(layer.form, self.plan.scheme)
             output = recipe.output_error(q, problem, activation)
         return replace(report, weight_error=error, output_error=output), problems
 

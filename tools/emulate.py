@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from dqconvert.converter.reopen import PackedLayer, Reopened
+from dqconvert.formats.targets import Target
 from dqconvert.quantizers.forward import apply, take_rows
 from dqconvert.quantizers.schemes import scheme
-from dqconvert.quantizers.spec import QuantSpec
+from dqconvert.quantizers.spec import QuantSpec, Scheme
 from dqconvert.quantizers.tensors import QuantizedTensor
 
 
@@ -45,14 +46,15 @@ class PackedLinear(nn.Module):
 
 
 def install(
-    transformer: nn.Module, layers: Iterable[tuple[PackedLayer, QuantizedTensor]], name: str
+    transformer: nn.Module,
+    layers: Iterable[tuple[PackedLayer, QuantizedTensor]],
+    target: Target,
+    chosen: Scheme,
 ) -> None:
-    """Replace linears of a diffusers transformer by packed layers of a scheme of that name."""
-    chosen = scheme(name)
+    """Replace linears of a diffusers transformer by packed layers of a target's file."""
     pieces: dict[str, list[Piece]] = {}
     for layer, q in layers:
-        weight_only = layer.form.splits and chosen.modulation is not None
-        activation = None if weight_only else chosen.activation
+        activation = target.activation(layer.form, chosen)
         start = 0
         for module in layer.modules:
             linear = transformer.get_submodule(module)
@@ -72,11 +74,8 @@ def install(
 def install_file(transformer: nn.Module, found: Reopened) -> None:
     """Replace linears by the layers of a reopened file, and check that the rest is its too."""
     assert found.recognized.scheme is not None
-    install(
-        transformer,
-        ((layer, found.unpack(layer)) for layer in found.layers),
-        found.recognized.scheme,
-    )
+    layers = ((layer, found.unpack(layer)) for layer in found.layers)
+    install(transformer, layers, found.target, scheme(found.recognized.scheme))
     state = transformer.state_dict()
     for name in found.kept:
         state[name].copy_(found.read_kept(name))

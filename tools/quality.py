@@ -175,7 +175,9 @@ def measure(row: Recipe, reference: Reference) -> tuple[float, float]:
         overwrite=True,
     )
     pipe = reference.pipeline()
-    emulate.install(pipe.transformer, layers_of(row, prepare(job)), row.scheme)
+    prepared = prepare(job)
+    plan = prepared.plan
+    emulate.install(pipe.transformer, layers_of(row, prepared), plan.target, plan.scheme)
     return reference.score(pipe)
 
 

@@ -11,6 +11,7 @@ A target module holds
     accepts(scheme)             None, or why the runtime has no layout for this scheme
     problem(form)               None, or why this layer cannot be packed
     shift(form)                 the constant that the runtime adds to inputs behind a GELU
+    activation(form, scheme)    what the runtime makes of the layer's inputs, None: nothing
     promise(form)               {suffix: TensorInfo} of a packed layer, without torch
     pack(form, q), unpack(form, tensors)      logical result <-> {suffix: tensor}
     recognize(infos, metadata, config)        Recognized or None: is this one of my files?
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.quantizers.errors import UnknownName
-from dqconvert.quantizers.spec import Scheme, TensorInfo
+from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,6 +70,8 @@ class Target(Protocol):
     def problem(self, form: PackedForm) -> str | None: ...
 
     def shift(self, form: PackedForm) -> float: ...
+
+    def activation(self, form: PackedForm, scheme: Scheme) -> QuantSpec | None: ...
 
     def promise(self, form: PackedForm) -> dict[str, TensorInfo]: ...
 

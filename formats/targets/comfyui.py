@@ -90,6 +90,11 @@ def shift(form: PackedForm) -> float:
     return 0.0
 
 
+def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
+    """Nothing where the marker asks for a product in full precision."""
+    return None if FULL_PRECISION in marker(form) else scheme.activation
+
+
 def marker(form: PackedForm) -> dict[str, Any]:
     """What comfy_quant and the header say of a layer."""
     said: dict[str, Any] = {"format": FORMATS[form.spec.code, form.spec.tile]}

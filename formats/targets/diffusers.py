@@ -21,7 +21,7 @@ from dqconvert.formats import svdq
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.recognition import Infos, disagreements, layers_with, scheme_named
 from dqconvert.formats.targets import Recognized
-from dqconvert.quantizers.spec import Scheme, TensorInfo
+from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +61,11 @@ def problem(form: PackedForm) -> str | None:
 def shift(form: PackedForm) -> float:
     """Activations are always quantized with their sign."""
     return 0.0
+
+
+def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
+    """Inputs of modulation linears stay in 16 bit."""
+    return None if svdq.is_w4a16(form) else scheme.activation
 
 
 def promise(form: PackedForm) -> dict[str, TensorInfo]:

@@ -27,7 +27,7 @@ from dqconvert.formats.recognition import (
     scheme_named,
 )
 from dqconvert.formats.targets import Recognized
-from dqconvert.quantizers.spec import Scheme, TensorInfo
+from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,11 @@ def shift(form: PackedForm) -> float:
     if svdq.is_w4a16(form) or svdq.is_nvfp4(form.spec):
         return 0.0
     return svdq.SHIFT_GELU
+
+
+def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
+    """Inputs of modulation linears stay in 16 bit."""
+    return None if svdq.is_w4a16(form) else scheme.activation
 
 
 def promise(form: PackedForm) -> dict[str, TensorInfo]:
