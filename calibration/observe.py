@@ -29,7 +29,7 @@ from dqconvert.quantizers.errors import CalibrationError
 from dqconvert.quantizers.tensors import LayerStats
 
 HELD_SHARE = 8
-"""With XᵀX, one row in so many is held at most."""
+"""One row in so many is held at most, with or without XᵀX, so that both hold the same."""
 
 Ranks = npt.NDArray[np.uint64]
 
@@ -86,9 +86,8 @@ class Observer:
                 f"{self.site}: no input ever came; the pipeline does not run this layer"
             )
         count, moment = self.count, self._moment
-        if moment is not None:
-            share = count // HELD_SHARE or int(count > 1)
-            self._keep(self._held, self._ranks, min(self._rows, share))
+        share = count // HELD_SHARE or int(count > 1)
+        self._keep(self._held, self._ranks, min(self._rows, share))
         return LayerStats(
             count=count,
             absmax=self._sums.absmax.cpu(),

@@ -93,12 +93,11 @@ def drawing(
     settings: CalibrationSettings,
     on_step: Callable[[], None] = lambda: None,
 ) -> Callable[[], Tensor]:
-    """One prompt's pipeline call, which returns the latents."""
+    """The pipeline call, which returns the latents, of a prompt with a seed."""
     signature = read_signature(type(base))
     pipe = copy.copy(base)
     pipe.scheduler = copy.deepcopy(base.scheduler)
     height, width = _size(base, settings)
-    seed = settings.seed if prompt.seed is None else prompt.seed
 
     def step(_pipe: Any, _index: int, _time: Any, values: dict[str, Any]) -> dict[str, Any]:
         on_step()
@@ -119,7 +118,7 @@ def drawing(
             **_mapped(encoded, lambda tensor: tensor.to(settings.device)),
             **options,
             num_inference_steps=settings.steps,
-            generator=torch.Generator("cpu").manual_seed(seed),
+            generator=torch.Generator("cpu").manual_seed(prompt.seed or 0),
             output_type="latent",
             return_dict=False,
         )[0]

@@ -23,7 +23,7 @@ from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
 
-EXISTING = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 
 
 class DefaultGroup(click.Group):
@@ -48,7 +48,10 @@ class Size(click.ParamType[tuple[int, int]]):
         found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", str(value))
         if found is None:
             self.fail(f"'{value}' is not of the form HxW, such as 512x768", param, ctx)
-        return int(found[1]), int(found[2])
+        height, width = int(found[1]), int(found[2])
+        if height % 8 or width % 8 or min(height, width) < 16:
+            self.fail(f"'{value}': both must be multiples of 8, and at least 16", param, ctx)
+        return height, width
 
 
 class Smooth(click.ParamType[str]):
@@ -101,12 +104,12 @@ def main() -> None:
 @click.argument("model")
 @click.option("--scheme", required=True, metavar="NAME", help="See `dqconvert list schemes`.")
 @click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
-@click.option("--calib", type=EXISTING, metavar="FILE", help="Prompts, .txt or .jsonl.")
-@click.option("--calib-steps", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--calib", type=PATH, metavar="FILE", help="Prompts, .txt or .jsonl.")
+@click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N", help="Use N prompts.")
 @click.option("--size", type=Size(), help="Pictures to calibrate on; default: the model's own.")
 @click.option("--pipeline", metavar="MODEL", help="Text encoders for a lone transformer.")
-@click.option("-o", "--output", type=EXISTING, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
+@click.option("-o", "--output", type=PATH, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
 @click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
 @click.option("--rounding", type=click.Choice(["rtn", "gptq"]), help="Default: the scheme's.")
 @click.option("--smooth", type=Smooth(), default="auto", show_default=True)
@@ -138,7 +141,7 @@ def list_(what: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("path", type=EXISTING)
+@click.argument("path", type=PATH)
 @click.option("--json", "as_json", is_flag=True)
 @reported
 def inspect(path: Path, as_json: bool) -> None:
@@ -149,7 +152,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("out", type=EXISTING)
+@click.argument("out", type=PATH)
 @click.option("--against", metavar="MODEL", help="The model that it was made from.")
 @click.option("--json", "as_json", is_flag=True)
 @reported
@@ -166,8 +169,8 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("out", type=EXISTING)
-@click.option("-o", "--output", type=EXISTING, required=True, metavar="FILE")
+@click.argument("out", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE")
 @click.option("--overwrite", is_flag=True)
 @reported
 def dequantize(out: Path, output: Path, overwrite: bool) -> None:
@@ -179,8 +182,8 @@ def dequantize(out: Path, output: Path, overwrite: bool) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--calib", type=EXISTING, metavar="FILE", required=True)
-@click.option("--calib-steps", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--calib", type=PATH, metavar="FILE", required=True)
+@click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N")
 @click.option("--size", type=Size())
 @click.option("--pipeline", metavar="MODEL")

@@ -1,7 +1,7 @@
 """The conversion: a generator over the plan.
 
-Groups are independent, so a pool of threads works on them; at most one finished group waits for
-its turn to be written. What a run leaves behind appears whole or not at all.
+Groups are independent, so a pool of threads works on them and writes what is done. What a run
+leaves behind appears whole or not at all.
 """
 
 from __future__ import annotations

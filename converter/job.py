@@ -15,7 +15,7 @@ class Job:
     scheme: str
     target: str | None = None
     calib: Path | None = None
-    calib_steps: int = 12
+    calib_steps: int | None = None
     calib_samples: int | None = None
     size: tuple[int, int] | None = None
     pipeline: str | None = None

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import card
 from dqconvert.converter.job import Report
+from dqconvert.formats.folder import MANIFEST
 from dqconvert.quantizers.errors import OutputError
 
 if TYPE_CHECKING:
     from dqconvert.converter.prepare import Prepared
 
-NAME = "dqconvert.json"
+NAME = MANIFEST
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers")
 
 
@@ -67,8 +68,8 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
         "target": plan.target.NAME,
         "options": {
             "rank": plan.context.rank,
-            "rounding": job.rounding or plan.scheme.rounding,
-            "smooth": job.smooth,
+            "rounding": (job.rounding or plan.scheme.rounding) if prepared.calibration else "rtn",
+            "smooth": job.smooth if prepared.calibration and plan.scheme.steps else "off",
             "keep": job.keep,
         },
         "calibration": _calibration(prepared),
@@ -105,6 +106,7 @@ def _calibration(prepared: Prepared) -> dict[str, Any] | None:
     text = "\n".join(prompt.prompt for prompt in chosen)
     return {
         "file": prepared.job.calib.name if prepared.job.calib else None,
+        "pipeline": str(found.pipeline),
         "prompts": len(chosen),
         "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "key": found.key,

@@ -12,7 +12,7 @@ from dqconvert.converter.family import Entry, Linear, fill, leaves
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers.errors import PlanError
-from dqconvert.quantizers.spec import Scheme, TensorInfo
+from dqconvert.quantizers.spec import ALL, Scheme, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,6 @@ class LayerPlan:
     outputs: Mapping[str, TensorInfo]
     reason: str
     form: PackedForm | None = None
-    role: str = ""
     columns: tuple[int, int] | None = None
     group: str = ""
     site: str = ""
@@ -232,7 +231,6 @@ class _Planner:
             outputs={} if problem else self._promise(name, form),
             reason=first.role,
             form=form,
-            role=first.role,
             columns=columns if entry.columns else None,
             group=f"{blocks}.{block}.{spread}" if first.shares else name,
             site=fill(first.site or first.name, block),
@@ -258,7 +256,7 @@ class _Planner:
             rank=0 if modulation else self.rank,
         )
         activation = self.scheme.activation
-        static = activation is not None and activation.tile == spec.tile == (-1, -1)
+        static = activation is not None and activation.tile == spec.tile == (ALL, ALL)
         if static and self.options.calibrated and not first.splits:
             form = replace(form, input_scale=True)
         if first.gelu is not None and columns[0] >= self._extent(first.gelu):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from dqconvert.converter.statistics import Calibration, config_of, plan_calibrat
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import target, targets
-from dqconvert.quantizers.errors import PlanError, SourceError
+from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.schemes import scheme
+from dqconvert.quantizers.spec import ALL, CODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Prepared:
                 "flux-digits that costs 5 dB of PSNR, and 11 to 16 dB with outlier channels"
             )
         if self.calibration is None and any(
-            form.spec.code.startswith("e") and form.spec.tile == (-1, -1)
+            CODES[form.spec.code].is_float and form.spec.tile == (ALL, ALL)
             for form in self.plan.context.layers.values()
         ):
             found.append(
@@ -57,6 +59,7 @@ def prepare(job: Job) -> Prepared:
     Raises DQConvertError, with all problems of the plan at once.
     """
     chosen = scheme(job.scheme)
+    _check_words(job)
     goal = target(job.target or chosen.targets[0])
     model = resolve(job.model, whole=job.calib is not None)
     raw = open_source(model.path)
@@ -69,8 +72,33 @@ def prepare(job: Job) -> Prepared:
     calibration = plan_calibration(job, model, source, job.rounding or chosen.rounding)
     options = PlanOptions(job.rank, job.keep, calibration is not None, job.smooth)
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
-    if job.rounding == "gptq" and calibration is None:
-        raise PlanError(["--rounding gptq needs activations: give prompts with --calib"])
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
+    _check_apart(output, [*raw.files, *([job.calib] if job.calib else [])])
     return Prepared(job, model, source, plan, calibration, output)
+
+
+def _check_words(job: Job) -> None:
+    """Options that only mean something with prompts are refused without them."""
+    if job.calib is not None:
+        return
+    given = {
+        "--rounding gptq": job.rounding == "gptq",
+        f"--smooth {job.smooth}": job.smooth not in ("auto", "off"),
+        "--calib-steps": job.calib_steps is not None,
+        "--calib-samples": job.calib_samples is not None,
+        "--size": job.size is not None,
+        "--pipeline": job.pipeline is not None,
+    }
+    problems = [
+        f"{word} needs activations: give prompts with --calib" for word in given if given[word]
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _check_apart(output: Path, inputs: Sequence[Path]) -> None:
+    """An output that is replaced must not take what it is made of with it."""
+    for path in inputs:
+        if path.resolve().is_relative_to(output.resolve()):
+            raise OutputError(f"{output}: holds {path.name}, which is read; choose another -o")

@@ -67,7 +67,7 @@ def resolve(name: str, whole: bool = False) -> Model:
         )
         folder = _snapshot(aliases()[name], whole)
         return _local(folder, name, origin=aliases()[name], license=license_name)
-    path = Path(name).expanduser()
+    path = _path(name)
     if path.exists():
         return _local(path, _short(path))
     if _HUB_ID.fullmatch(name) and not path.parent.exists():
@@ -81,6 +81,18 @@ def resolve(name: str, whole: bool = False) -> Model:
     raise UnknownName("model", name, known)
 
 
+def _path(name: str) -> Path:
+    """The path that a word names; SourceError for words that cannot be one."""
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SourceError(f"{name[:80]}: cannot be a path ({error})") from error
+    if not name.strip():
+        raise SourceError("the model's name is empty")
+    return path
+
+
 def _local(path: Path, name: str, origin: str | None = None, license: str | None = None) -> Model:
     """A pipeline folder, a transformer folder, or a file."""
     weights: Path = path
@@ -89,8 +101,8 @@ def _local(path: Path, name: str, origin: str | None = None, license: str | None
         weights, pipeline = path / "transformer", path
         if not weights.is_dir():
             raise SourceError(f"{path}: the pipeline has no folder called transformer")
-    elif path.is_dir() and (path.resolve().parent / "model_index.json").exists():
-        pipeline = path.resolve().parent
+    elif path.is_dir() and (path.absolute().parent / "model_index.json").exists():
+        pipeline = path.absolute().parent
     folder = weights if weights.is_dir() else weights.parent
     return Model(name, weights, pipeline, _config(folder), origin, license)
 
@@ -99,16 +111,13 @@ def _config(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{path}: not JSON ({error})") from error
-    return config if isinstance(config, dict) and "_class_name" in config else None
+    config = read_json(path)
+    return config if "_class_name" in config else None
 
 
 def _short(path: Path) -> str:
     """A short name from a path: the pipeline's rather than "transformer"."""
-    path = path.resolve()
+    path = path.absolute()  # links keep their names: a hub cache links to hashes
     if path.name == "transformer":
         path = path.parent
     stem = path.stem if path.is_file() else path.name
@@ -140,7 +149,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise DQConvertError(f"{path}: {error}") from error
+        raise DQConvertError(f"{path}: not JSON ({error})") from error
     if not isinstance(found, dict):
         raise DQConvertError(f"{path}: not a JSON object")
     return found

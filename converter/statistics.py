@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from dqconvert.converter.family import fill
 from dqconvert.converter.job import Job, Progress
 from dqconvert.converter.resolve import Model, resolve
 from dqconvert.formats.source import open_source
-from dqconvert.quantizers.errors import CalibrationError, SourceError
+from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from dqconvert.quantizers.tensors import LayerStats
+
+STEPS = 12
+"""Denoising steps of a prompt: spread over the schedule, they matter more than many prompts."""
 
 FP32_LIMIT = 4 << 30
 """Transformers with more bytes than this calibrate in bf16: fp32 would double them."""
@@ -56,7 +60,7 @@ def plan_calibration(
     size = job.size or (None, None)
     total = sum(info.nbytes for info in source.infos.values())
     settings = CalibrationSettings(
-        steps=job.calib_steps,
+        steps=job.calib_steps or STEPS,
         height=size[0],
         width=size[1],
         samples=job.calib_samples,
@@ -64,8 +68,11 @@ def plan_calibration(
     )
     sites, pipeline = _sites(source), _pipeline(job, model)
 
+    config = config_of(model, source)
+    fingerprint = _fingerprint(source, pipeline, config)
+
     def under(settings: CalibrationSettings) -> Calibration:
-        key = stats_key(_fingerprint(source), prompts, settings, sites)
+        key = stats_key(fingerprint, prompts, settings, sites)
         path = cache() / f"{key}.safetensors"
         return Calibration(prompts, settings, sites, pipeline, key, path)
 
@@ -84,7 +91,10 @@ def statistics(
     """The statistics by canonical linear, read one at a time; runs the pipeline if need be."""
     from dqconvert.calibration import store
 
-    if not calibration.path.exists():
+    try:
+        return store.LazyStats(calibration.path, calibration.key)
+    except CalibrationError:  # none yet, or of an older version, or damaged
+        _writable(calibration.path)
         _run(calibration, model, source, listen)
     return store.LazyStats(calibration.path, calibration.key)
 
@@ -124,6 +134,19 @@ def config_of(model: Model, source: CanonicalSource) -> dict[str, Any]:
     return implied | said
 
 
+def _writable(path: Path) -> None:
+    """Find out before the work whether its result can be kept."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: statistics cannot be kept there ({error.strerror}); "
+            "set DQCONVERT_CACHE to another folder"
+        ) from error
+
+
 def _run(
     calibration: Calibration,
     model: Model,
@@ -142,7 +165,6 @@ def _run(
     config = config_of(model, source)
     subject = Subject(calibration.pipeline, config, weights, source.family.blocks)
     found = collect(subject, calibration.sites, calibration.prompts, calibration.settings, progress)
-    calibration.path.parent.mkdir(parents=True, exist_ok=True)
     store.save(calibration.path, calibration.key, found)
 
 
@@ -170,8 +192,13 @@ def _pipeline(job: Job, model: Model) -> Path:
     return folder
 
 
-def _fingerprint(source: CanonicalSource) -> str:
-    """Which weights these are: names, shapes, and each file's size and time."""
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.source.files]
+def _fingerprint(source: CanonicalSource, pipeline: Path, config: Mapping[str, Any]) -> str:
+    """What is run: names and shapes of the weights, and every file's name, size and time."""
+    parts = [path for path in sorted(pipeline.rglob("*")) if path.parent.name != "transformer"]
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in (*source.source.files, *parts)
+        if path.is_file()
+    ]
     infos = [(name, info.dtype, info.shape) for name, info in source.infos.items()]
-    return hashlib.sha256(json.dumps([files, infos]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, infos, dict(config)]).encode()).hexdigest()

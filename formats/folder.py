@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
 
 from dqconvert.quantizers.errors import OutputError
+
+MANIFEST = "dqconvert.json"
 
 
 class OutputFolder:
@@ -20,19 +24,35 @@ class OutputFolder:
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path = path
+        self.path = path = path.resolve() if path.is_symlink() else path
         self._overwrite = overwrite
         self._working = path.parent / f"{path.name}.{os.getpid()}.partial"
         self._made: list[Path] = []
 
     def check(self) -> None:
         """Refuse early what would be refused at the end."""
-        if self.path.exists() and not self._overwrite:
+        if not self.path.exists():
+            return
+        if not self._overwrite:
             raise OutputError(f"{self.path}: exists; choose another -o, or give --overwrite")
-        if self.path.exists() and not (self.path / "dqconvert.json").exists():
+        if not (self.path / MANIFEST).exists():
             raise OutputError(
                 f"{self.path}: was not written by dqconvert, so --overwrite will not replace it"
             )
+        foreign = sorted({entry.name for entry in self.path.iterdir()} - self._ours())
+        if foreign:
+            raise OutputError(
+                f"{self.path}: holds {foreign[0]}, which dqconvert did not write and --overwrite "
+                "would delete; move it away"
+            )
+
+    def _ours(self) -> set[str]:
+        """Files that the manifest of an earlier output names, and those that go with it."""
+        try:
+            said = json.loads((self.path / MANIFEST).read_text())["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            said = ()
+        return {MANIFEST, "README.md", *(said if isinstance(said, dict) else ())}
 
     def __enter__(self) -> Path:
         self.check()
@@ -59,7 +79,9 @@ class OutputFolder:
             self.check()  # it may have appeared meanwhile
             self._exchange()
         except OSError as problem:
-            raise OutputError(f"{self.path}: {problem.strerror}") from problem
+            taken = problem.errno in (errno.EEXIST, errno.ENOTEMPTY)
+            reason = "appeared meanwhile; choose another -o" if taken else problem.strerror
+            raise OutputError(f"{self.path}: {reason}") from problem
         finally:
             shutil.rmtree(self._working, ignore_errors=True)
 

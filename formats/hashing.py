@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import threading
@@ -13,7 +14,7 @@ class FollowingHash:
     """Hashes a file of known size from its start to the end, never past what is written.
 
     written(offset, size) tells of finished regions, in any order, from any thread; digest()
-    waits for the end. stop() gives up.
+    waits for the end and raises the OSError that stopped it. stop() gives up.
     """
 
     def __init__(self, fd: int, size: int) -> None:
@@ -23,6 +24,7 @@ class FollowingHash:
         self._stopped = False
         self._changed = threading.Condition()
         self._hash = hashlib.sha256()
+        self._error: OSError | None = None
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
 
@@ -44,9 +46,17 @@ class FollowingHash:
     def digest(self) -> str:
         """The SHA-256 of the whole file, in hexadecimal."""
         self._thread.join()
+        if self._error is not None:
+            raise self._error
         return self._hash.hexdigest()
 
     def _follow(self) -> None:
+        try:
+            self._read()
+        except OSError as error:
+            self._error = error
+
+    def _read(self) -> None:
         done, buffer = 0, memoryview(bytearray(CHUNK))
         while done < self._size:
             with self._changed:
@@ -56,5 +66,7 @@ class FollowingHash:
                 ready = self._ready
             while done < ready:
                 count = os.preadv(self._fd, [buffer[: ready - done]], done)
+                if count == 0:
+                    raise OSError(errno.EIO, "became shorter while it was being written")
                 self._hash.update(buffer[:count])
                 done += count

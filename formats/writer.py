@@ -35,7 +35,7 @@ class StreamWriter:
         self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
     ) -> None:
         self.path = path
-        self._partial = path.with_name(path.name + ".partial")
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         self._start, self._header = header.encode(infos, metadata)
         self._missing = {name: info.nbytes for name, info in infos.items()}
         self._lock = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,6 +86,45 @@ def test_other_prompts_need_another_run(folder: Path, tmp_path: Path) -> None:
         done(*words, "--calib", tmp_path / "prompts.txt")
     assert not (tmp_path / "out").exists()
     done(*words, "--calib", folder / "prompts.txt", "-q")
+
+
+def test_rounding_to_nearest_does_not_depend_on_what_is_cached(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It collects no second moments of its own, but the same held rows."""
+    words = (folder / "tiny", "--scheme", "svdquant-w4a4", "--rounding", "rtn")
+    words += ("--calib", folder / "prompts.txt", *STEPS, "-q")
+    done(*words, "-o", tmp_path / "shared")
+    monkeypatch.undo()
+    monkeypatch.setenv("DQCONVERT_CACHE", str(tmp_path / "empty"))
+    done(*words, "-o", tmp_path / "own")
+    name = "svdq-int4_r32-tiny.safetensors"
+    assert (tmp_path / "own" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+
+
+def test_another_pipeline_needs_another_run(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder / "tiny", other)
+    config = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"shift": 9.0}))
+    words = ("calibrate", folder / "tiny", "--calib", folder / "prompts.txt", *STEPS, "-q")
+    with pytest.raises(AssertionError, match="were in the cache"):
+        done(*words, "--pipeline", other)
+
+
+def test_damaged_statistics_are_collected_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("DQCONVERT_CACHE", str(tmp_path))
+    words = ("calibrate", folder / "tiny", "--calib", folder / "prompts.txt", *STEPS, "-q")
+    path = Path(done(*words).strip())
+    whole = load_file(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    done(*words)
+    again = load_file(path)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_a_spoiled_static_scale_is_named(folder: Path, tmp_path: Path) -> None:

@@ -238,7 +238,10 @@ def test_the_number_of_workers_changes_no_bit(pipeline: Path, here: Path) -> Non
 def test_overwrite_replaces_an_earlier_output_whole(pipeline: Path, here: Path) -> None:
     out = here / "out"
     done(pipeline, "--scheme", "svdquant-w4a4", "-o", out, "-q")
-    (out / "stale.txt").write_text("left by hand")
+    (out / "mine.txt").write_text("left by hand")
+    text = checkpoints.refused(here, pipeline, "--scheme", "int8", "-o", out, "--overwrite")
+    assert "holds mine.txt, which dqconvert did not write" in text
+    (out / "mine.txt").unlink()
     done(pipeline, "--scheme", "int8", "-o", out, "--overwrite", "-q")
     assert [path.name for path in here.iterdir()] == ["out"]
     assert sorted(tree(out)) == ["README.md", "dqconvert.json", "tiny-flux-int8.safetensors"]

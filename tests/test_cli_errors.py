@@ -254,6 +254,36 @@ def test_a_full_disk_spares_the_earlier_output(
     assert checkpoints.same_tensors(before, load_file(here / "out" / "tiny-int8.safetensors"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--smooth", "0.5"),
+        ("--calib-steps", "3"),
+        ("--calib-samples", "2"),
+        ("--size", "64x64"),
+        ("--pipeline", "flux-digits"),
+        ("--rounding", "gptq"),
+    ],
+)
+def test_words_about_calibration_need_prompts(
+    here: Path, pipeline: Path, words: tuple[str, str]
+) -> None:
+    text = refused(here, pipeline, "--scheme", "svdquant-w4a4", *words)
+    assert words[0] in text and "give prompts with --calib" in text
+
+
+@pytest.mark.parametrize("name", ["~nobody-here/x", "x" * 400, " "])
+def test_words_that_are_no_model_are_one_error(here: Path, name: str) -> None:
+    refused(here, name, "--scheme", "int8")
+
+
+def test_the_source_is_never_replaced_by_its_output(here: Path, pipeline: Path) -> None:
+    done(pipeline, "--scheme", "int8", "-o", "out", "-q")
+    done("dequantize", "out", "-o", "out/plain.safetensors")
+    words = ("out/plain.safetensors", "--scheme", "int8", "-o", "out", "--overwrite")
+    assert "plain.safetensors" in refused(here, *words)
+
+
 def test_an_output_that_exists_is_kept(here: Path, pipeline: Path) -> None:
     done(pipeline, "--scheme", "int8", "-o", "out", "-q")
     text = refused(here, pipeline, "--scheme", "int8", "-o", "out")

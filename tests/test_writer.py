@@ -83,7 +83,7 @@ def test_nothing_is_left_after_an_exception(kind: type[BaseException], tmp_path:
         pytest.raises(kind),
         StreamWriter(tmp_path / "f", {"a": TensorInfo("U8", (3,))}, {}) as writer,
     ):
-        assert left_in(tmp_path) == ["f", "f.partial"]
+        assert left_in(tmp_path) == ["f", f"f.{os.getpid()}.partial"]
         writer.write("a", torch.zeros(3, dtype=torch.uint8))
         raise kind
     assert left_in(tmp_path) == ["f"]
@@ -156,10 +156,51 @@ def test_an_output_folder_appears_whole(tmp_path: Path) -> None:
     assert left_in(path) == ["dqconvert.json"] and left_in(path.parent) == ["out"]
 
 
+def test_only_what_the_manifest_names_is_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    finished(path, '{"files": {"weights": {}}}')
+    (path / "weights").write_text("")
+    (path / "mine").write_text("")
+    with pytest.raises(OutputError, match="holds mine, which dqconvert did not write"):
+        finished(path, overwrite=True)
+    assert left_in(path) == ["dqconvert.json", "mine", "weights"]
+    (path / "mine").unlink()
+    finished(path, overwrite=True)
+    assert left_in(path) == ["dqconvert.json"]
+
+
+def test_a_link_to_a_folder_stays_a_link(tmp_path: Path) -> None:
+    finished(tmp_path / "real", "old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    finished(tmp_path / "link", "new", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "dqconvert.json").read_text() == "new"
+
+
+def test_a_hash_that_cannot_be_finished_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never the hash of a part."""
+    calls = iter(range(100))
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if next(calls):
+            raise OSError(errno.EIO, "Input/output error")
+        return os.pread(fd, 64, offset) and 64
+
+    monkeypatch.setattr("dqconvert.formats.hashing.os.preadv", failing)
+    infos = {"a": TensorInfo("U8", (4096,))}
+    with (
+        pytest.raises(OutputError, match="Input/output error"),
+        StreamWriter(tmp_path / "f", infos, {}) as writer,
+    ):
+        writer.write("a", torch.zeros(4096, dtype=torch.uint8))
+    assert left_in(tmp_path) == []
+
+
 def test_an_output_folder_is_replaced_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "out"
     finished(path, "old")
-    (path / "stale").write_text("")
     with pytest.raises(OutputError, match="exists; choose another -o, or give --overwrite"):
         finished(path)
     assert (path / "dqconvert.json").read_text() == "old"
