@@ -25,6 +25,14 @@ from dqconvert.quantizers.spec import DTYPE_BITS, TensorInfo
 ALIGNMENT = 64
 MAX_HEADER = 100_000_000
 """Longest header that the safetensors library accepts."""
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,  # an extent of 1e400
+    RecursionError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ def read(path: Path) -> Header:
         entries = json.loads(text)
         metadata = {str(k): str(v) for k, v in (entries.pop("__metadata__", None) or {}).items()}
         extents = {name: _extent(entry, 8 + length) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise SourceError(f"{path}: its safetensors header cannot be read ({error})") from error
     _check(path, extents, 8 + length, size)
     return Header(extents, metadata, size)

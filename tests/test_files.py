@@ -200,6 +200,7 @@ def entry(dtype: Any, shape: Any, *offsets: Any) -> dict[str, Any]:
         ({"a": entry("U8", [-2, -2], 0, 4)}, 4, "cannot be read"),
         ({"a": entry("U8", [4], 0)}, 4, "cannot be read"),
         ({"a": {"dtype": "U8", "shape": [4]}}, 4, "cannot be read"),
+        ({"a": entry("U8", [float("inf")], 0, 4)}, 4, "cannot be read"),
         ({"a": entry("U8", 4, 0, 4)}, 4, "cannot be read"),
         ({"a": 3}, 4, "cannot be read"),
         ({"__metadata__": [1]}, 0, "cannot be read"),
