@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Entry, Family, depth, fill, leaves, match
+from dqconvert.converter.family import Entry, Family, depth, fill, leaves, match, stacked_rows
 from dqconvert.formats.source import Source
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Infos = Mapping[str, TensorInfo]
+
+DIALECTS = ("original", "diffusers")
+"""What checkpoints are written in; other dialects are written by targets only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
     for family in families().values():
         for prefix in (*family.prefixes, ""):
             names = [n for n in source.infos if n.startswith(prefix)]
-            for dialect in ("original", "diffusers"):
+            for dialect in DIALECTS:
                 origins = _origins(source.infos, names, prefix, family, dialect)
                 if all(name in origins for name in family.signature):
                     found = CanonicalSource(source, family, dialect, origins)
@@ -114,7 +117,8 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
 def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     """Canonical tensors that a model of the family's depth must have, and those that it may.
 
-    An optional module of which one tensor is there must have them all.
+    An optional module of which one tensor is there must have them all. Raises SourceError on
+    more blocks than names, before it would list them.
     """
     names = list(names)
     required: set[str] = set()
@@ -218,12 +222,10 @@ def _split(
     if len(leaf.ours) == 1:
         yield fill(leaf.ours[0], index), Origin(name, swap=leaf.swap)
         return
-    start = 0
-    for ours in leaf.ours:
-        stop = info.shape[0] if ours is leaf.ours[-1] else start + hidden
+    for place, ours in enumerate(leaf.ours):
+        start, stop = stacked_rows(place, len(leaf.ours), hidden, info.shape[0])
         if stop > start:
             yield fill(ours, index), Origin(name, (start, stop))
-        start = stop
 
 
 def _place(family: Family, name: str) -> tuple[int, int]:
@@ -238,7 +240,13 @@ def _numbered(pattern: str, family: Family, names: Sequence[str]) -> Iterable[st
     if "{i}" not in pattern:
         return [pattern]
     blocks = next(b for b in family.blocks if pattern.startswith(f"{b}.{{i}}"))
-    return [fill(pattern, str(i)) for i in range(depth(names, blocks))]
+    count = depth(names, blocks)
+    if count > len(names):
+        raise SourceError(
+            f"a tensor of {blocks}.{count - 1}, but only {len(names)} tensors; the checkpoint is "
+            "incomplete, or its names are broken"
+        )
+    return [fill(pattern, str(i)) for i in range(count)]
 
 
 def _check(found: CanonicalSource, names: Sequence[str], path: Path) -> None:

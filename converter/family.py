@@ -98,7 +98,7 @@ def match(pattern: str, name: str) -> str | None:
 
 @cache
 def _expression(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.escape(pattern).replace(re.escape("{i}"), r"(\d+)"))
+    return re.compile(re.escape(pattern).replace(re.escape("{i}"), r"(\d{1,9})"))
 
 
 def depth(names: Iterable[str], blocks: str) -> int:
@@ -108,6 +108,11 @@ def depth(names: Iterable[str], blocks: str) -> int:
         for name in names
     )
     return max((int(index) + 1 for index in found if index), default=0)
+
+
+def stacked_rows(place: int, count: int, hidden: int, total: int) -> tuple[int, int]:
+    """Rows start, stop of one of count stacked tensors: all but the last have the hidden size."""
+    return place * hidden, total if place == count - 1 else (place + 1) * hidden
 
 
 def fill(pattern: str, index: str) -> str:

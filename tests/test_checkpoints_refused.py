@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +82,42 @@ def test_quantized_weights_are_named(dtype: torch.dtype) -> None:
 def test_scales_beside_float_weights_are_named() -> None:
     name = "single_blocks.0.linear1.scale_weight"
     assert name in refused(original(MODEL) | {name: torch.zeros(())})
+
+
+@pytest.mark.parametrize("number", ["3000000", "9" * 5000])
+@pytest.mark.parametrize("blocks", ["transformer_blocks", "single_transformer_blocks"])
+def test_a_block_number_that_cannot_be_is_refused_at_once(blocks: str, number: str) -> None:
+    theirs = {"transformer_blocks": "double_blocks", "single_transformer_blocks": "single_blocks"}
+    leaf = "img_mlp.0" if blocks == "transformer_blocks" else "linear2"
+    name, far = f"{blocks}.{number}.x", f"{theirs[blocks]}.{number}.{leaf}.weight"
+    for tensors in (MODEL | {name: torch.zeros(1)}, original(MODEL) | {far: torch.zeros(1)}):
+        text = refused(tensors)
+        if len(number) < 10:
+            assert f"a tensor of {blocks}.{number}, but only {len(MODEL) + 1} tensors" in text
+        else:
+            assert "1 tensors are not part of" in text
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("axes_dims_rope", None),
+        ("axes_dims_rope", "abc"),
+        ("axes_dims_rope", [8, 28, "28"]),
+        ("axes_dims_rope", [8, 28]),
+        ("out_channels", "abc"),
+        ("out_channels", [64]),
+    ],
+)
+def test_a_config_of_wrong_kinds_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    config = checkpoints.flux_config(**checkpoints.NARROW)
+    infos = checkpoints.infos_of(checkpoints.meta_model(config))
+    checkpoints.sparse(tmp_path / checkpoints.WEIGHTS, infos)
+    said = {"_class_name": "FluxTransformer2DModel", **config, key: value}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    for words in (("int8",), ("svdquant-w4a4", "--target", "nunchaku")):
+        text = checkpoints.refused(tmp_path, tmp_path, "--dry-run", "--scheme", *words)
+        assert f"config.json: {key} is {value!r}" in text
 
 
 def test_another_model_is_no_transformer() -> None:

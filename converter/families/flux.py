@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.quantizers.errors import SourceError
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 
@@ -151,6 +152,7 @@ def _config_of(infos: Infos) -> dict[str, Any]:
 
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """nunchaku's class name and the model that ComfyUI-nunchaku builds around it."""
+    _check(config)
     if dialect != "nunchaku":
         return {}
     guidance = bool(config["guidance_embeds"])
@@ -181,6 +183,20 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "model_config": comfy,
         },
     }
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    """What shapes do not imply as numbers must be of the right kind in config.json."""
+    axes, head = config["axes_dims_rope"], config["attention_head_dim"]
+    whole = isinstance(axes, list | tuple) and all(type(axis) is int for axis in axes)
+    if not whole or sum(axes) != head:
+        raise SourceError(
+            f"config.json: axes_dims_rope is {axes!r}; needed are whole numbers that sum to "
+            f"{head}, the attention_head_dim"
+        )
+    channels = config.get("out_channels")
+    if channels is not None and type(channels) is not int:
+        raise SourceError(f"config.json: out_channels is {channels!r}; needed is a number or null")
 
 
 _HUB = "black-forest-labs/FLUX.1-"
