@@ -60,6 +60,37 @@ def disagreements(what: str, said: Any, found: Iterable[Any]) -> list[str]:
     return [f"{what}: the file says {said}, its tensors say {', '.join(map(str, others))}"]
 
 
+def contradictions(where: str, found: Any, needed: Any) -> list[str]:
+    """What of some JSON is not as needed, a line for each entry of its objects."""
+    if not (isinstance(found, Mapping) and isinstance(needed, Mapping)):
+        return (
+            [] if found == needed else [f"{where}: is {_short(found)}, should be {_short(needed)}"]
+        )
+    lines = []
+    for key in dict.fromkeys([*needed, *found]):
+        name = f"{where}.{key}"
+        if key not in found:
+            lines.append(f"{name}: missing; should be {_short(needed[key])}")
+        elif key not in needed:
+            lines.append(f"{name}: unexpected")
+        else:
+            lines += contradictions(name, found[key], needed[key])
+    return lines
+
+
+def parsed(text: str) -> Any:
+    """A metadata entry as the JSON that it is; the text itself where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def json_object(text: str | None) -> dict[str, Any] | None:
     """The JSON object in a metadata entry; None if there is none."""
     try:

@@ -22,6 +22,9 @@ SHIFT_GELU = 0.171875
 
 TENSOR_SCALES = ("wtscale", "wcscales")
 
+DEFAULT_RANK = 32
+"""What loaders take for a rank that a file does not say."""
+
 KINDS = tuple((spec.code, spec.tile) for spec in (INT4_GROUP64, NVFP4_BF16))
 """Weights that the W4A4 kernels read."""
 
@@ -86,6 +89,8 @@ def _w4a4_reasons(form: PackedForm) -> list[str]:
         reasons.append(f"needs extents that are multiples of 128; {form.shape} are not")
     if form.rank % 16 or form.rank <= 0:
         reasons.append(f"needs a rank that is a multiple of 16; {form.rank} is not")
+    if form.rank > min(form.shape):
+        reasons.append(f"a rank of {form.rank} is more than a weight of {form.shape} can have")
     if form.input_scale:
         reasons.append("activations are scaled per group; there is no static scale")
     return reasons
@@ -133,13 +138,14 @@ def _scale_infos(layout: Layout, form: PackedForm) -> dict[str, TensorInfo]:
 
 
 def read_forms(
-    layout: Layout, layers: Iterable[str], infos: Infos, rank: int
+    layout: Layout, layers: Iterable[str], infos: Infos, said: object
 ) -> tuple[dict[str, PackedForm], list[str]]:
     """Forms of packed layers by name, and what is wrong with their tensors.
 
-    rank: what the file says, for layers whose branch is missing. A file may be in F16
-    throughout. nunchaku's loader takes tensor scales that are missing as 1.
+    said: the rank in the file's metadata or config, for layers whose branch is missing. A file
+    may be in F16 throughout. nunchaku's loader takes tensor scales that are missing as 1.
     """
+    rank = said if isinstance(said, int) and said > 0 else DEFAULT_RANK
     forms, problems = {}, []
     half = {infos[name].dtype for name in infos if name.endswith(f".{layout.up}")}
     optional = () if layout.both_scales else TENSOR_SCALES

@@ -48,7 +48,11 @@ def pack_w4a4(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[str,
 
 
 def unpack_w4a4(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """The inverse of pack_w4a4."""
+    """The inverse of pack_w4a4; SourceError where copies of the smoothing vector differ."""
+    smooth = tensors[layout.smooth[0]]
+    for name in layout.smooth[1:]:
+        if name in tensors and not torch.equal(tensors[name], smooth):
+            raise SourceError(f"{name}: found other values than in {layout.smooth[0]}")
     nvfp4 = is_nvfp4(form.spec)
     unpack_scales = bits.unpack_micro_scales if nvfp4 else bits.unpack_group_scales
     bias = tensors.get("bias")
@@ -58,7 +62,7 @@ def unpack_w4a4(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor])
         scale=unpack_scales(tensors["wscales"]),
         tensor_scale=_tensor_scale(form, tensors) if nvfp4 else None,
         bias=_if_any(form, None if bias is None else bits.unpack_vector(bias)),
-        smooth=bits.unpack_vector(tensors[layout.smooth[0]]),
+        smooth=bits.unpack_vector(smooth),
         lowrank=LowRank(
             down=bits.unpack_down(tensors[layout.down]), up=bits.unpack_up(tensors[layout.up])
         ),

@@ -15,12 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dqconvert.formats import svdq
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.svdq import SHIFT_GELU
 from dqconvert.formats.targets import target
+from dqconvert.formats.targets.nunchaku import LAYOUT as NUNCHAKU
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.schemes.svdquant import INT4_GROUP64, NVFP4_BF16
+from dqconvert.quantizers.spec import TensorInfo
 from dqconvert.quantizers.tensors import LowRank, QuantizedTensor
 
 GOLDEN = Path(__file__).parent / "data" / "nunchaku.safetensors"
@@ -184,6 +187,8 @@ def test_int4_is_shifted_behind_a_gelu_by_nunchaku_only() -> None:
         (PackedForm(INT4_GROUP64, (128, 64), rank=32), "128"),
         (PackedForm(INT4_GROUP64, (128, 128), rank=24), "rank"),
         (PackedForm(INT4_GROUP64, (128, 128)), "rank"),
+        (PackedForm(INT4_GROUP64, (512, 256), rank=512), "a rank of 512 is more than"),
+        (PackedForm(INT4_GROUP64, (128, 256), rank=144), "a rank of 144 is more than"),
         (PackedForm(INT4_GROUP64, (384, 32), splits=3), "64"),
         (PackedForm(INT4_GROUP64, (200, 64), splits=3), "chunks"),
         (PackedForm(NVFP4_BF16, (384, 64), splits=3), "int4"),
@@ -243,6 +248,26 @@ def test_nunchaku_checks_what_its_metadata_says() -> None:
     file = runtime.recognize(infos, {}, {})
     assert file is not None
     assert any("quantization_config" in line for line in file.problems)
+
+
+def test_a_name_of_another_kind_says_nothing() -> None:
+    runtime = target("nunchaku")
+    context, infos = context_of(runtime, schemes()["svdquant-w4a4"])
+    file = runtime.recognize(infos, runtime.metadata(context), {})
+    assert file is not None
+    for name in ("svdq-int4_r32.safetensors", runtime.filename(context), "my-svdq-fp4_r8", "x"):
+        assert runtime.misnamed(name, file) is None  # type: ignore[attr-defined]
+    for name in ("svdq-fp4_r32-toy.safetensors", "svdq-int4_r320-toy.safetensors"):
+        assert "int4_r32" in runtime.misnamed(name, file)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("said", [None, "64", 0, -16, 1.5])
+def test_a_rank_that_is_not_said_is_the_loaders(said: object) -> None:
+    info = TensorInfo("I8", (128, 64))
+    forms, _ = svdq.read_forms(NUNCHAKU, ["a"], {"a.qweight": info}, said)
+    assert forms["a"].rank == 32
+    forms, _ = svdq.read_forms(NUNCHAKU, ["a"], {"a.qweight": info}, 64)
+    assert forms["a"].rank == 64
 
 
 def test_files_in_float16_are_whole() -> None:

@@ -16,6 +16,7 @@ A target module holds
     pack(form, q), unpack(form, tensors)      logical result <-> {suffix: tensor}
     recognize(infos, metadata, config)        Recognized or None: is this one of my files?
     filename(context), metadata(context), config(context)
+    misnamed(name, recognized)  only where a runtime reads the file's name: None, or what is wrong
 """
 
 from __future__ import annotations

@@ -96,12 +96,7 @@ def recognize(
         return None
     w4a4, w4a16 = _section(said, "svdq_w4a4"), _section(said, "awq_w4a16")
     rank = w4a4.get("rank")
-    forms, problems = svdq.read_forms(
-        LAYOUT,
-        layers_with(infos, "qweight"),
-        infos,
-        rank if isinstance(rank, int) and rank > 0 else 32,
-    )
+    forms, problems = svdq.read_forms(LAYOUT, layers_with(infos, "qweight"), infos, rank)
     linears = {name: form for name, form in forms.items() if not svdq.is_w4a16(form)}
     problems += _target_problems("svdq_w4a4", w4a4, linears)
     problems += _target_problems("awq_w4a16", w4a16, forms.keys() - linears.keys())

@@ -14,6 +14,7 @@ and the shift of fc2), deepcompressor/backend/nunchaku/convert.py (what is folde
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -103,10 +104,7 @@ def recognize(
     renamed = any(f"{layer}.proj_down" in infos for layer in layers)
     if renamed or not (named or said.get("method") == "svdquant"):
         return None
-    rank = said.get("rank")
-    forms, problems = svdq.read_forms(
-        LAYOUT, layers, infos, rank if isinstance(rank, int) and rank > 0 else 32
-    )
+    forms, problems = svdq.read_forms(LAYOUT, layers, infos, said.get("rank"))
     linears = [form for form in forms.values() if not svdq.is_w4a16(form)]
     problems += _metadata_problems(metadata, said, linears)
     if not linears:
@@ -137,15 +135,27 @@ def _metadata_problems(
 
 def filename(context: FileContext) -> str:
     """svdq-int4_r32-flux1-dev.safetensors: sglang and nunchaku read precision and rank here."""
-    precision = "fp4" if svdq.is_nvfp4(context.scheme.weight) else "int4"
-    return f"svdq-{precision}_r{context.rank}-{context.model}.safetensors"
+    return f"svdq-{_precision(context.scheme.weight)}_r{context.rank}-{context.model}.safetensors"
+
+
+def misnamed(name: str, found: Recognized) -> str | None:
+    """None, or what loaders would take from the file's name that its tensors are not."""
+    said = re.match(r"svdq-(int4|fp4)_r(\d+)", name)
+    linears = [form for form in found.forms.values() if not svdq.is_w4a16(form)]
+    if said is None or not linears:
+        return None
+    needed = f"svdq-{_precision(linears[0].spec)}_r{found.rank}"
+    return None if said[0] == needed else f"the name says {said[0]}, its tensors say {needed}"
+
+
+def _precision(spec: QuantSpec) -> str:
+    return "fp4" if svdq.is_nvfp4(spec) else "int4"
 
 
 def metadata(context: FileContext) -> dict[str, str]:
     """The header entries that loaders read.
 
-    facts: model_class; comfy_config, an object or its JSON, which ComfyUI requires for FLUX;
-    skip_refiners, for Z-Image.
+    facts: model_class; comfy_config, an object or its JSON, which ComfyUI requires for FLUX.
     """
     entries = {"config": json.dumps(dict(context.config))}
     if "model_class" in context.facts:
@@ -162,7 +172,7 @@ def _quantization_config(context: FileContext) -> dict[str, Any]:
     dtype, group = ("fp4_e2m1_all", 16) if nvfp4 else ("int4", 64)
     scale = "fp8_e4m3_nan" if nvfp4 else None
     # "quant_method" is left out: sglang would take the file for one of another loader
-    said: dict[str, Any] = {
+    return {
         "method": "svdquant",
         "weight": {
             "dtype": dtype,
@@ -172,9 +182,6 @@ def _quantization_config(context: FileContext) -> dict[str, Any]:
         "activation": {"dtype": dtype, "scale_dtype": scale, "group_size": group},
         "rank": context.rank,
     }
-    if "skip_refiners" in context.facts:
-        said["skip_refiners"] = bool(context.facts["skip_refiners"])
-    return said
 
 
 def config(context: FileContext) -> dict[str, Any] | None:
