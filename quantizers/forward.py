@@ -54,6 +54,18 @@ def apply(q: QuantizedTensor, x: Tensor, activation: QuantSpec | None) -> Tensor
     return y if q.bias is None else y + q.bias.float()
 
 
+def shift_surplus(q: QuantizedTensor) -> Tensor | None:
+    """What the shift of the input adds to the output [N], None where nothing is shifted.
+
+    The main path sees (x + shift) / smooth, so it adds R(shift / smooth), with R as it was
+    rounded. The low-rank branch never sees the shift.
+    """
+    if not q.shift:
+        return None
+    shift = q.codes.new_full(q.codes.shape[1:], q.shift, dtype=torch.float32)
+    return rtn.dequantize(q) @ (shift if q.smooth is None else shift / q.smooth.float())
+
+
 def take_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
     """The layer that gives output channels start .. stop alone, on the borders of its tiles."""
     rows, tiles = q.codes.shape[0], q.scale.shape[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers import gptq, lowrank, rtn, smoothing
-from dqconvert.quantizers.forward import apply, effective_weight, row_blocks
+from dqconvert.quantizers.forward import apply, effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import LinearProblem, LowRank, QuantizedTensor
 
@@ -196,13 +196,11 @@ def _finish(
 ) -> QuantizedTensor:
     """Add what belongs to the layer as a whole, and take the shift out of the bias again.
 
-    The main path sees x + shift, so it adds shift R(1 / s), with R as it was rounded: the bias
-    loses exactly that. The low-rank branch never sees the shift.
+    The bias loses exactly what the shift adds to the main path.
     """
     bias = problem.bias
-    if problem.shift:
-        shift = torch.full_like(q.codes[0], problem.shift, dtype=torch.float32)
-        surplus = rtn.dequantize(q) @ (shift if smooth is None else shift / smooth)
+    surplus = shift_surplus(replace(q, smooth=smooth, shift=problem.shift))
+    if surplus is not None:
         bias = (0.0 if bias is None else bias.float()) - surplus
     scale = None
     if activation is not None and activation.tile == (ALL, ALL) and problem.stats is not None:

@@ -42,6 +42,18 @@ svdquant = pytest.mark.parametrize("scheme", [W4A4, NVFP4], ids=["int4", "nvfp4"
 # ------------------------------------------------------------------------------- the shift
 
 
+def test_the_surplus_is_what_a_layer_gives_for_nothing() -> None:
+    """Of inputs of 0 the main path sees the shift alone."""
+    exact = LinearProblem(problem_of().weight, None, shift=SHIFT)
+    for smooth in (None, torch.linspace(0.5, 2, 128)):
+        q = rtn.quantize(exact.weight, W4A4.weight)
+        assert forward.shift_surplus(q) is None
+        q = replace(q, smooth=smooth, shift=SHIFT)
+        surplus = forward.shift_surplus(q)
+        assert surplus is not None
+        assert torch.allclose(surplus, forward.apply(q, torch.zeros(1, 128), None)[0], atol=1e-6)
+
+
 def representable() -> tuple[Tensor, Tensor, Tensor]:
     """A weight W, a smooth vector s and inputs x such that W diag(s) sits on int4's grid and
     (x + shift) / s on uint4's, all in powers of two: nothing is rounded anywhere."""
