@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from dqconvert.converter.canonical import compose, composed_info, entries_of
-from dqconvert.converter.family import fill, leaves
+from dqconvert.converter.family import fill, leaves, stacked_rows
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.formats.writer import StreamWriter
-from dqconvert.quantizers import rtn
 from dqconvert.quantizers.errors import OutputError, SourceError
-from dqconvert.quantizers.forward import effective_weight
+from dqconvert.quantizers.forward import effective_weight, shift_surplus
 from dqconvert.quantizers.spec import TensorInfo
 
 
@@ -32,7 +31,7 @@ def dequantize(out: Path, output: Path, overwrite: bool = False) -> Path:
     if problems:
         raise SourceError(f"{out}: {len(problems)} problems, the first: {problems[0]}")
     weights = _Weights(found)
-    dialect = found.manifest.get("source", {}).get("dialect", "diffusers")
+    dialect = found.manifest.dialect
     infos: dict[str, TensorInfo] = {}
     plan = []
     for entry, index in entries_of(found.family, dialect, weights.infos):
@@ -43,7 +42,10 @@ def dequantize(out: Path, output: Path, overwrite: bool = False) -> Path:
             name = fill(leaf.theirs, index)
             infos[name] = composed_info(leaf, [weights.infos[one] for one in ours])
             plan.append((name, leaf, ours))
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output.parent}: no folder to write to ({error.strerror})") from error
     with StreamWriter(output, infos, {"format": "pt"}) as writer:
         for name, leaf, ours in plan:
             writer.write(name, compose(leaf, [weights.read(one) for one in ours]))
@@ -80,8 +82,9 @@ class _Weights:
         if self._last is None or self._last[0] != layer.name:
             q = self._found.unpack(layer)
             bias = None if q.bias is None else q.bias.float()
-            if q.shift and q.smooth is not None and bias is not None:
-                bias = bias + rtn.dequantize(q) @ (q.shift / q.smooth.float())
+            surplus = shift_surplus(q)
+            if bias is not None and surplus is not None:
+                bias = bias + surplus
             self._last = (layer.name, effective_weight(q), bias)
         whole = self._last[1] if leaf == "weight" else self._last[2]
         if whole is None:
@@ -90,9 +93,8 @@ class _Weights:
         return whole[start:stop]
 
     def _rows(self, layer: PackedLayer, place: int) -> tuple[int, int]:
-        hidden = self._found.hidden
-        last = place == len(layer.entry.ours) - 1
-        return place * hidden, layer.form.shape[0] if last else (place + 1) * hidden
+        count = len(layer.entry.ours)
+        return stacked_rows(place, count, self._found.hidden, layer.form.shape[0])
 
     def _shape(self, name: str) -> tuple[int, ...]:
         module, _, leaf = name.rpartition(".")

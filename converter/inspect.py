@@ -76,7 +76,7 @@ def _quantized(path: Path) -> Inspection:
         for layer in found.layers
     )
     formats["kept"] = len(found.kept)
-    problems = [*found.recognized.problems, *(f"{name}: missing" for name in found.missing())]
+    problems = [*found.problems(), *(f"{name}: missing" for name in found.missing())]
     return Inspection(facts, dict(formats), tuple(problems))
 
 

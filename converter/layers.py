@@ -120,7 +120,7 @@ def _report(
     activation = plan.target.activation(layer.form, plan.scheme)
     return LayerReport(
         name=layer.name,
-        format=f"{layer.form.spec.code}{'+lowrank' if layer.form.rank else ''}",
+        format=layer.form.label,
         shape=layer.form.shape,
         nbytes=layer.nbytes,
         weight_error=recipe.weight_error(q, problem.weight),

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from dqconvert.converter import manifest
 from dqconvert.converter.canonical import expected, swap_halves
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Entry, Family, fill, leaves, match
+from dqconvert.converter.family import Entry, Family, fill, leaves, match, stacked_rows
+from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import SafetensorsSource
@@ -46,17 +47,23 @@ class PackedLayer:
 class Reopened:
     """A file that one of our targets knows.
 
-    source, target, recognized, family; manifest: what dqconvert.json beside it says, {} without.
+    source, target, recognized, family; config: the config.json beside it, {} without; manifest:
+    what dqconvert.json beside it says.
     """
 
     def __init__(
-        self, source: SafetensorsSource, target: Target, recognized: Recognized, family: Family
+        self,
+        source: SafetensorsSource,
+        target: Target,
+        recognized: Recognized,
+        family: Family,
+        config: Mapping[str, Any],
     ) -> None:
         self.source, self.target = source, target
         self.recognized, self.family = recognized, family
+        self.config = config
         self.path = source.files[0]
-        beside = self.path.parent / manifest.NAME
-        self.manifest: Mapping[str, Any] = read_json(beside) if beside.exists() else {}
+        self.manifest = read_manifest(self.path.parent / manifest.NAME)
 
     @cached_property
     def layers(self) -> tuple[PackedLayer, ...]:
@@ -108,6 +115,12 @@ class Reopened:
         required, optional = expected(self.family, self.names())
         return sorted(self.kept[name][0] for name in self.kept.keys() - required - optional)
 
+    def problems(self) -> list[str]:
+        """What is wrong with the file by its header and its name."""
+        misnamed = getattr(self.target, "misnamed", None)  # of some targets only
+        reason = misnamed(self.path.name, self.recognized) if misnamed else None
+        return [*self.recognized.problems, *([f"{self.path.name}: {reason}"] if reason else [])]
+
     def unpack(self, layer: PackedLayer) -> QuantizedTensor:
         """The logical result of a layer, from its bytes."""
         prefix = f"{layer.name}."
@@ -126,8 +139,7 @@ class Reopened:
             return swap_halves(tensor) if leaf.swap else tensor
         total = self.source.infos[theirs].shape[0]
         place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)
-        stop = total if place == len(leaf.ours) - 1 else (place + 1) * self.hidden
-        return self.source.read(theirs, (place * self.hidden, stop))
+        return self.source.read(theirs, stacked_rows(place, len(leaf.ours), self.hidden, total))
 
     def _layers(self) -> Iterator[PackedLayer]:
         table = self.family.dialects[self.target.DIALECT]
@@ -154,7 +166,7 @@ def reopen(path: Path) -> Reopened:
         if recognized is None:
             continue
         for family in families().values():
-            found = Reopened(source, target, recognized, family)
+            found = Reopened(source, target, recognized, family, config)
             if family.hidden in found.kept and found.layers:
                 return found
         raise SourceError(f"{path}: a {target.NAME} file of no known family")

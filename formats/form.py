@@ -30,6 +30,11 @@ class PackedForm:
     input_scale: bool = False
     bias_dtype: str = "BF16"
 
+    @property
+    def label(self) -> str:
+        """The format in a word, for people: int4+lowrank."""
+        return f"{self.spec.code}{'+lowrank' if self.rank else ''}"
+
 
 @dataclass(frozen=True, slots=True)
 class FileContext:

@@ -113,6 +113,9 @@ def test_what_cannot_be_written_back_is_refused(pipeline: Path, tmp_path: Path) 
     assert "no such" in refused(
         tmp_path, "dequantize", tmp_path / "none", "-o", tmp_path / "x.safetensors"
     )
+    inside = back / "x.safetensors"
+    text = refused(tmp_path, "dequantize", out, "-o", inside)
+    assert f"{back}: no folder to write to" in text
     text = refused(
         tmp_path, "dequantize", pipeline / "transformer", "-o", tmp_path / "x.safetensors"
     )
