@@ -168,5 +168,5 @@ def _run(
         except torch.OutOfMemoryError as error:
             raise CalibrationError(
                 "calibration does not fit the memory of the device; use fewer prompts"
-                f" (--calib-samples), a smaller --size, or --device cpu ({error})"
+                f" (--calib-samples) or a smaller --size ({error})"
             ) from error

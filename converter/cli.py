@@ -172,12 +172,13 @@ def verify(out: Path, against: str | None, as_json: bool) -> None:
 @click.argument("out", type=PATH)
 @click.option("-o", "--output", type=PATH, required=True, metavar="FILE")
 @click.option("--overwrite", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
 @reported
-def dequantize(out: Path, output: Path, overwrite: bool) -> None:
-    """Write OUT back as a bf16 checkpoint, in the naming of its source."""
+def dequantize(out: Path, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Write OUT back as a bf16 checkpoint in the naming of its source."""
     from dqconvert.converter.dequantize import dequantize as write
 
-    click.echo(f"{write(out, output, overwrite)}", err=True)
+    show.made(write(out, output, overwrite), as_json)
 
 
 @main.command()
@@ -188,13 +189,15 @@ def dequantize(out: Path, output: Path, overwrite: bool) -> None:
 @click.option("--size", type=Size())
 @click.option("--pipeline", metavar="MODEL")
 @click.option("-q", "--quiet", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
 @reported
-def calibrate(quiet: bool, **words: Any) -> None:
+def calibrate(quiet: bool, as_json: bool, **words: Any) -> None:
     """Collect statistics only; conversions with equal prompts and settings reuse them."""
     from dqconvert.converter.statistics import calibrate as run
 
-    path = show.with_progress(lambda listen: run(Job(scheme="", **words), listen), quiet)
-    click.echo(str(path))
+    job = Job(scheme="", **words)
+    path = show.with_progress(lambda listen: run(job, listen), quiet or as_json)
+    show.made(path, as_json)
 
 
 def _rows(what: str) -> list[dict[str, str]]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -104,6 +105,11 @@ def table(rows: Sequence[dict[str, str]], as_json: bool) -> None:
     for row in [{key: key for key in widths}, *rows]:
         line = "  ".join(row[key].ljust(width) for key, width in widths.items())
         click.echo(line.rstrip())
+
+
+def made(path: Path, as_json: bool) -> None:
+    """The file that a command made."""
+    click.echo(json.dumps({"file": str(path)}) if as_json else str(path))
 
 
 def inspection(found: Inspection, as_json: bool) -> None:

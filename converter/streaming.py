@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -23,9 +22,6 @@ from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers import recipe, rtn
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
-
-BLOCK = 1 << 20
-"""Weights in a block of rows."""
 
 
 def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
@@ -54,7 +50,7 @@ def stream_layer(
     names = [f"{module}.weight" for module in layer.modules]
     whole = _whole_scale(layer.form, source, names)
     off = total = 0.0
-    for rows in _blocks(layer.form):
+    for rows in spec.row_blocks(layer.form.shape):
         weight = source.stack(names, rows).float()
         q = rtn.quantize(weight, spec) if whole is None else _under(weight, whole, spec)
         q = replace(q, bias=None if bias is None else bias[slice(*rows)])
@@ -89,17 +85,12 @@ def _whole_scale(form: PackedForm, source: CanonicalSource, names: list[str]) ->
     """The scale that all rows share, from a first pass over the weight; None if they have own."""
     if form.spec.tile[0] != ALL:
         return None
-    tops = [rtn.absmax(source.stack(names, rows), form.spec) for rows in _blocks(form)]
+    tops = [
+        rtn.absmax(source.stack(names, rows), form.spec)
+        for rows in form.spec.row_blocks(form.shape)
+    ]
     return rtn.first_scales(torch.stack(tops).amax(0), form.spec, None)
 
 
 def _under(weight: Tensor, scale: Tensor, spec: QuantSpec) -> QuantizedTensor:
     return QuantizedTensor(spec, rtn.encode(weight, scale, None, spec), scale)
-
-
-def _blocks(form: PackedForm) -> Iterator[tuple[int, int]]:
-    rows, columns = form.shape
-    tile = 1 if form.spec.tile[0] == ALL else form.spec.tile[0]
-    step = tile * max(1, BLOCK // (tile * max(columns, 1)))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)

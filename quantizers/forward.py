@@ -20,9 +20,6 @@ from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
 
-BLOCK = 1 << 20
-"""Weights in a block of rows."""
-
 
 def quantize_activation(
     x: Tensor, spec: QuantSpec | None, unsigned: bool = False, static: Tensor | None = None
@@ -84,11 +81,8 @@ def take_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
 
 def row_blocks(q: QuantizedTensor) -> Iterator[tuple[int, QuantizedTensor]]:
     """A layer as layers of fewer rows, each with its first row: what fits the processor's cache."""
-    rows, columns = q.codes.shape
-    tile = 1 if q.scale.shape[0] == 1 else rows // q.scale.shape[0]
-    step = max(1, BLOCK // max(columns, 1) // tile) * tile
-    for start in range(0, rows, step):
-        yield start, take_rows(q, start, min(start + step, rows))
+    for start, stop in q.spec.row_blocks((q.codes.shape[0], q.codes.shape[1])):
+        yield start, take_rows(q, start, stop)
 
 
 def effective_weight(q: QuantizedTensor) -> Tensor:

@@ -10,8 +10,6 @@ fp8 as comfy_kitchen/backends/eager/quantization.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -21,9 +19,6 @@ from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """What the magnitude bits of e2m1 stand for."""
-
-_BLOCK = 1 << 20
-"""Weights that are converted to fp32 at a time: they stay in the processor's cache."""
 
 
 def quantize(weight: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()) -> QuantizedTensor:
@@ -55,8 +50,8 @@ def absmax(weight: Tensor, spec: QuantSpec) -> Tensor:
     if weight.numel() == 0:
         return torch.zeros(grid, dtype=torch.float32, device=weight.device)
     tops = []
-    for cut in _row_blocks(shape, spec):
-        block = weight[cut].to(torch.float32, copy=True).abs_()
+    for start, stop in spec.row_blocks(shape):
+        block = weight[start:stop].to(torch.float32, copy=True).abs_()
         rows = min(tile[0], block.shape[0])
         tops.append(block.view(-1, rows, grid[1], tile[1]).amax((1, 3)))
     amax = torch.cat(tops)
@@ -113,10 +108,10 @@ def encode(weight: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec
     step = effective_scale(scale, second)
     codes = torch.empty(shape, dtype=_code_dtype(spec.code), device=weight.device)
     tile = spec.tile_of(shape)[0]
-    for cut in _row_blocks(shape, spec):
-        block = weight[cut].to(torch.float32, copy=True)
-        grid_rows = step if step.shape[0] == 1 else step[cut.start // tile : cut.stop // tile]
-        codes[cut] = round_to(_scaled(block, grid_rows, spec), spec.code)
+    for start, stop in spec.row_blocks(shape):
+        block = weight[start:stop].to(torch.float32, copy=True)
+        grid_rows = step if step.shape[0] == 1 else step[start // tile : stop // tile]
+        codes[start:stop] = round_to(_scaled(block, grid_rows, spec), spec.code)
     return codes
 
 
@@ -181,14 +176,6 @@ def _tiled(weight: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
     rows, cols = spec.grid(shape)
     tile = spec.tile_of(shape)
     return weight.reshape(rows, tile[0], cols, tile[1])
-
-
-def _row_blocks(shape: tuple[int, int], spec: QuantSpec) -> Iterator[slice]:
-    """Rows in blocks that fit the cache, cut at the borders of tiles where tiles end at all."""
-    tile = 1 if spec.tile[0] == ALL else spec.tile_of(shape)[0]
-    step = tile * max(1, _BLOCK // (tile * shape[1] or 1))
-    for start in range(0, shape[0], step):
-        yield slice(start, min(start + step, shape[0]))
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -7,10 +7,14 @@ Limits are derived from bits, never typed.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 ALL = -1
 """A tile extent that covers the whole axis."""
+
+BLOCK = 1 << 20
+"""Weights in a block of rows: its fp32 copy stays in the processor's cache."""
 
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -125,6 +129,16 @@ class QuantSpec:
         if any(extent % side for extent, side in zip(shape, tile, strict=True)):
             raise ValueError(f"{self.code} needs tiles of {tile}; {shape} does not divide")
         return shape[0] // tile[0], shape[1] // tile[1]
+
+    def row_blocks(self, shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+        """Rows start .. stop of an [N, K] weight in blocks of about BLOCK weights.
+
+        Cut at the borders of tiles, or anywhere where one tile covers all rows.
+        """
+        tile = 1 if self.tile[0] == ALL else self.tile[0]
+        step = tile * max(1, BLOCK // (tile * max(shape[1], 1)))
+        for start in range(0, shape[0], step):
+            yield start, min(start + step, shape[0])
 
     def tile_of(self, shape: tuple[int, int]) -> tuple[int, int]:
         """The tile with ALL replaced by the extents of an [N, K] weight."""

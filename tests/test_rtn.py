@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dqconvert.quantizers import rtn
+from dqconvert.quantizers import spec as spec_module
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.schemes.svdquant import INT4_GROUP64, NVFP4_BF16
@@ -256,7 +257,7 @@ def test_strides_do_not_matter(spec: QuantSpec) -> None:
 def test_row_blocks_do_not_matter(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = draw(shape_for(spec, 11, 3), 7, 1.0, True)
     want = rtn.quantize(weight, spec)
-    monkeypatch.setattr(rtn, "_BLOCK", 2 * weight.shape[1] + 1)
+    monkeypatch.setattr(spec_module, "BLOCK", 2 * weight.shape[1] + 1)
     assert same(rtn.quantize(weight, spec), want)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dqconvert.converter import layers, streaming
+from dqconvert.converter import layers
 from dqconvert.converter.reopen import reopen
+from dqconvert.quantizers import spec
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
@@ -39,7 +40,7 @@ def manifest(folder: Path) -> list[dict[str, float]]:
 def test_blocks_of_rows_change_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, rows: int
 ) -> None:
-    monkeypatch.setattr(streaming, "BLOCK", rows * 256)
+    monkeypatch.setattr(spec, "BLOCK", rows * 256)
     checkpoints.done(source, "--scheme", scheme, "-o", tmp_path / "rows", "-q")
     monkeypatch.setattr(layers, "streams", lambda *_: False)
     checkpoints.done(source, "--scheme", scheme, "-o", tmp_path / "whole", "-q")
