@@ -120,7 +120,9 @@ def test_damaged_statistics_are_collected_again(
     words = ("calibrate", folder / "tiny", "--calib", folder / "prompts.txt", *STEPS, "-q")
     path = Path(done(*words).strip())
     whole = load_file(path)
-    path.write_bytes(path.read_bytes()[:1000])
+    start = path.read_bytes()[:1000]
+    path.unlink()  # the loaded tensors are mapped from it
+    path.write_bytes(start)
     done(*words)
     again = load_file(path)
     assert again.keys() == whole.keys()
