@@ -11,7 +11,7 @@ from dqconvert.converter.canonical import open_canonical
 from dqconvert.converter.reopen import reopen
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import targets
+from dqconvert.formats.targets import recognize
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -36,9 +36,8 @@ def inspect(path: Path) -> Inspection:
     source = open_source(weights)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
-    for target in targets().values():
-        if target.recognize(source.infos, source.metadata, config):
-            return _quantized(path)
+    if recognize(source.infos, source.metadata, config):
+        return _quantized(path)
     found = open_canonical(source, weights)
     facts = {
         "family": found.family.title,

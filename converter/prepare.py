@@ -13,7 +13,7 @@ from dqconvert.converter.resolve import Model, resolve
 from dqconvert.converter.statistics import Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import target, targets
+from dqconvert.formats.targets import recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import ALL, CODES
@@ -63,11 +63,11 @@ def prepare(job: Job) -> Prepared:
     goal = target(job.target or chosen.targets[0])
     model = resolve(job.model, whole=job.calib is not None)
     raw = open_source(model.path)
-    for known in targets().values():
-        if known.recognize(raw.infos, raw.metadata, model.config or {}):
-            raise SourceError(
-                f"{model.path}: is already quantized, for {known.NAME}; give the original"
-            )
+    already = recognize(raw.infos, raw.metadata, model.config or {})
+    if already:
+        raise SourceError(
+            f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
+        )
     source = open_canonical(raw, model.path)
     calibration = plan_calibration(job, model, source, job.rounding or chosen.rounding)
     options = PlanOptions(job.rank, job.keep, calibration is not None, job.smooth)

@@ -20,7 +20,7 @@ from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import SafetensorsSource
-from dqconvert.formats.targets import Recognized, Target, targets
+from dqconvert.formats.targets import Recognized, Target, recognize
 from dqconvert.quantizers.errors import SourceError
 
 if TYPE_CHECKING:
@@ -161,16 +161,15 @@ def reopen(path: Path) -> Reopened:
     Raises SourceError if it is none that a target knows, or of no known family.
     """
     source, config = _source(path)
-    for target in targets().values():
-        recognized = target.recognize(source.infos, source.metadata, config)
-        if recognized is None:
-            continue
-        for family in families().values():
-            found = Reopened(source, target, recognized, family, config)
-            if family.hidden in found.kept and found.layers:
-                return found
-        raise SourceError(f"{path}: a {target.NAME} file of no known family")
-    raise SourceError(f"{path}: not a quantized checkpoint that is known")
+    known = recognize(source.infos, source.metadata, config)
+    if known is None:
+        raise SourceError(f"{path}: not a quantized checkpoint that is known")
+    target, recognized = known
+    for family in families().values():
+        found = Reopened(source, target, recognized, family, config)
+        if family.hidden in found.kept and found.layers:
+            return found
+    raise SourceError(f"{path}: a {target.NAME} file of no known family")
 
 
 def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:

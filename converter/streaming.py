@@ -62,7 +62,7 @@ def stream_layer(
         off, total = off + errors[0], total + errors[1]
     return LayerReport(
         name=layer.name,
-        format=spec.code,
+        format=layer.form.label,
         shape=layer.form.shape,
         nbytes=layer.nbytes,
         weight_error=math.sqrt(off / total if total else off),

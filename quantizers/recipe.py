@@ -64,7 +64,7 @@ def quantize_linear(
         return best[1]
     branch = best[1].lowrank
     assert branch is not None
-    q = _round(problem, _residual(problem.weight, branch, smooth), scheme.weight, options, smooth)
+    q = _learned(problem, _residual(problem.weight, branch, smooth), scheme.weight, smooth)
     return _better(best, _finish(problem, q, smooth, branch, activation), problem, activation)[1]
 
 
@@ -165,21 +165,14 @@ def _rounded(
     plain = _finish(problem, q, smooth, None, activation)
     if not _moments(problem, options):
         return plain
-    q = _round(problem, weight, spec, options, smooth)
-    learned = _finish(problem, q, smooth, None, activation)
+    learned = _finish(problem, _learned(problem, weight, spec, smooth), smooth, None, activation)
     return _better(_better(None, plain, problem, activation), learned, problem, activation)[1]
 
 
-def _round(
-    problem: LinearProblem,
-    weight: Tensor,
-    spec: QuantSpec,
-    options: RecipeOptions,
-    smooth: Tensor | None,
+def _learned(
+    problem: LinearProblem, weight: Tensor, spec: QuantSpec, smooth: Tensor | None
 ) -> QuantizedTensor:
-    """Round a weight that is already in the smoothed basis, by the rounding that is possible."""
-    if not _moments(problem, options):
-        return rtn.quantize(weight, spec, problem.parts)
+    """GPTQ of a weight that is already in the smoothed basis, of a problem with second moments."""
     assert problem.stats is not None and problem.stats.second_moment is not None
     moment = problem.stats.second_moment
     if smooth is not None:

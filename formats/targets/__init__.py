@@ -111,3 +111,14 @@ def target(name: str) -> Target:
         return targets()[name]
     except KeyError:
         raise UnknownName("target", name, targets()) from None
+
+
+def recognize(
+    infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[Target, Recognized] | None:
+    """The target that a file was written for, and what it made of it; None for plain files."""
+    for found in targets().values():
+        recognized = found.recognize(infos, metadata, config)
+        if recognized is not None:
+            return found, recognized
+    return None
