@@ -67,7 +67,9 @@ def _together(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
     """Layers that share a smooth vector: all in memory at once."""
     start = time.perf_counter()
     target = work.plan.target
-    problems = [problem_of(layer, work.source, work.stats) for layer in group]
+    # Layers of one site share its statistics, which are read from the file at each look-up.
+    stats = {site: work.stats[site] for site in {layer.site for layer in group} & work.stats.keys()}
+    problems = [problem_of(layer, work.source, stats) for layer in group]
     results = _quantize(group, problems, work.plan, work.options)
     reports = []
     for layer, problem, q in zip(group, problems, results, strict=True):
