@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -53,6 +53,25 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """Linears whose common input x can be exchanged for (x - center) / smooth, exactly.
+
+    consumers: the linears that read x, all of them; columns: input channels start .. stop that x
+    fills, "hidden" and None allowed. Behind a norm with adaLN, x = (1 + scale) norm(h) + shift:
+    modulation is the linear that makes shift and scale, which are the chunks of those numbers of
+    its rows, each as wide as x. Behind attention: values are the linears whose outputs attention
+    averages.
+    """
+
+    consumers: tuple[str, ...]
+    modulation: str | None = None
+    shift: int = 0
+    scale: int = 1
+    values: tuple[str, ...] = ()
+    columns: tuple[int | str, int | str | None] = (0, None)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A model family, as data.
 
@@ -62,7 +81,10 @@ class Family:
     all-in-one checkpoints put before the transformer's names. dialects: {name: entries};
     "original" lists every tensor, in the others a name that no entry mentions stays as it is;
     "diffusers" is the identity. config_of(infos): the diffusers config that the shapes imply;
-    facts(dialect, config): what a runtime wants to be told beside the tensors.
+    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target:
+    {role: treatment or None}}, where a runtime's loader of this family differs from the target's
+    ROLES. sensitive: linears that mixed schemes keep at the better format without calibration.
+    folds: where the model itself can hold a smooth vector and a center.
     """
 
     name: str
@@ -78,6 +100,9 @@ class Family:
     facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
     optional: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.diffusion_model.",)
+    policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    sensitive: tuple[str, ...] = ()
+    folds: tuple[Fold, ...] = ()
 
     def linear(self, name: str) -> tuple[Linear, str] | None:
         """The table row of a canonical linear and its block index, or None."""

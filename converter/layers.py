@@ -94,7 +94,14 @@ def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> Linea
     if layer.columns is not None:
         weight = weight[:, slice(*layer.columns)].contiguous()
         found = found and found.columns(*layer.columns)
-    return LinearProblem(weight, bias, parts if len(parts) > 1 else (), layer.form.shift, found)
+    return LinearProblem(
+        weight,
+        bias,
+        parts if len(parts) > 1 else (),
+        shift=layer.form.shift,
+        rotation=layer.form.rotation,
+        stats=found,
+    )
 
 
 def _quantize(
@@ -105,9 +112,10 @@ def _quantize(
 ) -> list[QuantizedTensor]:
     form = group[0].form
     assert form is not None
-    if form.splits and plan.scheme.modulation is not None:
+    chosen = group[0].scheme or plan.scheme
+    if form.splits and chosen.modulation is not None:
         return [recipe.quantize_modulation(p, form.spec, options) for p in problems]
-    scheme = replace(plan.scheme, activation=plan.target.activation(form, plan.scheme))
+    scheme = replace(chosen, activation=plan.target.activation(form, chosen))
     found = recipe.quantize_group(problems, scheme, options)
     return [
         q if layer.form and layer.form.input_scale else replace(q, input_scale=None)
@@ -119,7 +127,7 @@ def _report(
     layer: LayerPlan, problem: LinearProblem, q: QuantizedTensor, plan: Plan
 ) -> LayerReport:
     assert layer.form is not None
-    activation = plan.target.activation(layer.form, plan.scheme)
+    activation = plan.target.activation(layer.form, layer.scheme or plan.scheme)
     return LayerReport(
         name=layer.name,
         format=layer.form.label,

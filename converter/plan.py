@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource, composed_info, entries_of
-from dqconvert.converter.family import Entry, Linear, fill, leaves
+from dqconvert.converter.family import Entry, Linear, fill, leaves, match
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.targets import Target
+from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import ALL, Scheme, TensorInfo
 
@@ -21,13 +22,20 @@ class PlanOptions:
 
     rank: of low-rank branches, None for the scheme's; keep: regular expression over canonical
     names of linears that stay unquantized; calibrated: whether statistics will be there;
-    smooth: as typed, refused where the scheme has no smoothing.
+    smooth: as typed, refused where the scheme has no smoothing; layout: one of the target's,
+    None for its default; group_size, zero_points: of weight-only int4; choices: {canonical
+    linear: scheme} where some differ from the rest; settings: what is said of the target alone.
     """
 
     rank: int | None = None
     keep: str | None = None
     calibrated: bool = False
     smooth: str = "auto"
+    layout: str | None = None
+    group_size: int | None = None
+    zero_points: bool = False
+    choices: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +44,8 @@ class LayerPlan:
 
     name: in the output; entry, index: the row of the family's table that it comes from;
     sources: canonical tensors to read, weight then bias of each part for a linear. form: None
-    where it is kept as it is. columns: input channels of the canonical linear. group: layers of
+    where it is kept as it is. scheme: the one of this layer, as the runtime needs it. columns:
+    input channels of the canonical linear. group: layers of
     equal group share a smooth vector and are quantized together. site: canonical linear whose
     input statistics apply. outputs: tensors by full name.
     """
@@ -52,6 +61,7 @@ class LayerPlan:
     group: str = ""
     site: str = ""
     carries_bias: bool = True
+    scheme: Scheme | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -105,8 +115,8 @@ def make_plan(
 
     Raises PlanError with every problem there is.
     """
-    _check_scheme(target, scheme, options)
-    planner = _Planner(source, target, scheme, options)
+    scheme, layout = _customised(target, scheme, options, source)
+    planner = _Planner(source, target, scheme, options, layout)
     layers = tuple(
         planner.layer(entry, index)
         for entry, index in entries_of(source.family, target.DIALECT, source.infos)
@@ -125,19 +135,72 @@ def make_plan(
         config=config,
         layers={layer.name: layer.form for layer in layers if layer.form},
         facts=source.family.facts(target.DIALECT, config),
+        kept=tuple(
+            name.removesuffix(".weight")
+            for layer in layers
+            if layer.form is None
+            for name, info in layer.outputs.items()
+            if name.endswith(".weight") and len(info.shape) == 2
+        ),
+        layout=layout,
+        settings=options.settings,
     )
     outputs = {name: info for layer in layers for name, info in layer.outputs.items()}
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
 
 
-def _check_scheme(target: Target, scheme: Scheme, options: PlanOptions) -> None:
-    problems = []
+def _customised(
+    target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
+) -> tuple[Scheme, str]:
+    """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
+    problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
+    if target.DIALECT not in source.family.dialects:
+        problems.append(f"target {target.NAME} does not run {source.family.title}")
+    if problems:
+        raise PlanError(problems)
+    weight = scheme.weight
+    if options.group_size is not None:
+        weight = replace(weight, tile=(1, options.group_size))
+    if options.zero_points:
+        weight = replace(weight, code="uint4", zero_point=True, full_range=False)
+    layout = options.layout or target.layouts(scheme)[0]
+    adapted = target.adapt(replace(scheme, weight=weight), layout)
+    if target.static(adapted, layout) == "required" and not options.calibrated:
+        raise PlanError(
+            [
+                f"target {target.NAME} needs the range of every input for {scheme.name}: its "
+                "loader fails without; give prompts with --calib"
+            ]
+        )
+    return adapted, layout
+
+
+def _target_problems(target: Target, scheme: Scheme, options: PlanOptions) -> list[str]:
     refusal = target.accepts(scheme)
     if refusal:
         others = [name for name in scheme.targets if name != target.NAME]
         hint = f"; try --target {' or '.join(others)}" if others else ""
-        problems.append(f"target {target.NAME} cannot hold scheme {scheme.name}: {refusal}{hint}")
+        return [f"target {target.NAME} cannot hold scheme {scheme.name}: {refusal}{hint}"]
+    problems = []
+    layouts = target.layouts(scheme)
+    if options.layout is not None and options.layout not in layouts:
+        known = ", ".join(layouts) if any(layouts) else "one only"
+        problems.append(
+            f"--layout {options.layout}: {target.NAME} has no such layout of {scheme.name}; "
+            f"there is {known}"
+        )
+    allowed: Mapping[str, tuple[str, ...]] = getattr(target, "SETTINGS", {})
+    for name, value in options.settings.items():
+        if name not in allowed:
+            problems.append(f"--{name}: means nothing to target {target.NAME}")
+        elif value not in allowed[name]:
+            problems.append(f"--{name} {value}: must be one of {', '.join(allowed[name])}")
+    return problems
+
+
+def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
+    problems = []
     if options.rank is not None and "lowrank" not in scheme.steps:
         problems.append(f"--rank: scheme {scheme.name} has no low-rank branch")
     elif options.rank is not None and (options.rank <= 0 or options.rank % 16):
@@ -149,17 +212,32 @@ def _check_scheme(target: Target, scheme: Scheme, options: PlanOptions) -> None:
             re.compile(options.keep)
         except re.error as error:
             problems.append(f"--keep {options.keep}: not a regular expression ({error})")
-    if problems:
-        raise PlanError(problems)
+    grouped = scheme.activation is None and scheme.weight.code == "int4"
+    if options.group_size is not None and not grouped:
+        problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
+    elif options.group_size not in (None, 32, 64, 128):
+        problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
+    if options.zero_points and not grouped:
+        problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
+    if scheme.calibrated and not options.calibrated:
+        problems.append(f"scheme {scheme.name} learns from activations: give prompts with --calib")
+    return problems
 
 
 class _Planner:
     """Plans one layer after the other, collecting problems."""
 
     def __init__(
-        self, source: CanonicalSource, target: Target, scheme: Scheme, options: PlanOptions
+        self,
+        source: CanonicalSource,
+        target: Target,
+        scheme: Scheme,
+        options: PlanOptions,
+        layout: str,
     ) -> None:
         self.source, self.target, self.scheme, self.options = source, target, scheme, options
+        self.layout = layout
+        self.roles = {**target.ROLES, **source.family.policies.get(target.NAME, {})}
         self.rank = 0
         if "lowrank" in scheme.steps:
             self.rank = scheme.rank if options.rank is None else options.rank
@@ -176,7 +254,7 @@ class _Planner:
         if any(row is None for row in rows):
             return self._kept(entry, index, "not a linear of a block")
         linears = [row for row in rows if row is not None]
-        treatment = self.target.ROLES.get(linears[0][0].role)
+        treatment = self.roles.get(linears[0][0].role)
         if treatment is None:
             return self._kept(entry, index, f"{self.target.NAME} keeps {linears[0][0].role}")
         if self.options.keep and any(re.search(self.options.keep, name) for name in modules):
@@ -214,7 +292,8 @@ class _Planner:
         columns = self._columns(entry, infos[0].shape[1])
         bias = [f"{m}.bias" for m in modules if f"{m}.bias" in self.source.infos]
         name = fill(entry.theirs, index).removesuffix(".*")
-        form = self._form(first, infos, columns, treatment)
+        scheme = self._scheme(modules)
+        form = self._form((first, treatment), infos, columns, scheme)
         form = replace(form, bias=bool(bias), bias_dtype=self._bias_dtype(bias))
         problem = self.target.problem(form)
         if problem:
@@ -235,18 +314,32 @@ class _Planner:
             group=f"{blocks}.{block}.{spread}" if first.shares else name,
             site=fill(first.site or first.name, block),
             carries_bias=columns[1] == infos[0].shape[1],
+            scheme=scheme,
         )
+
+    def _scheme(self, modules: list[str]) -> Scheme:
+        """The scheme of a layer: its own choice if there is one, else a sensitive layer's."""
+        name = next((self.options.choices[m] for m in modules if m in self.options.choices), None)
+        if name is None and self.scheme.better and not self.options.choices:
+            patterns = self.source.family.sensitive
+            if all(any(match(p, module) is not None for p in patterns) for module in modules):
+                name = self.scheme.better
+        if name in (None, self.scheme.name):
+            return self.scheme
+        chosen = schemes.scheme(str(name))
+        return self.target.adapt(chosen, self.target.layouts(chosen)[0])
 
     def _form(
         self,
-        first: Linear,
+        row: tuple[Linear, str],
         infos: list[TensorInfo],
         columns: tuple[int, int],
-        treatment: str,
+        scheme: Scheme,
     ) -> PackedForm:
+        first, treatment = row
         shape = (sum(info.shape[0] for info in infos), columns[1] - columns[0])
-        modulation = treatment == "modulation" and self.scheme.modulation is not None
-        spec = self.scheme.modulation if modulation else self.scheme.weight
+        modulation = treatment == "modulation" and scheme.modulation is not None
+        spec = scheme.modulation if modulation else scheme.weight
         assert spec is not None
         form = PackedForm(
             spec=spec,
@@ -254,13 +347,22 @@ class _Planner:
             parts=len(infos),
             splits=first.splits,
             rank=0 if modulation else self.rank,
+            layout=self.layout,
+            rotation=0 if modulation else _rotation(scheme.rotation, shape[1]),
         )
-        activation = self.scheme.activation
-        static = activation is not None and activation.tile == spec.tile == (ALL, ALL)
-        if static and self.options.calibrated and not first.splits:
-            form = replace(form, input_scale=True)
-        if first.gelu is not None and columns[0] >= self._extent(first.gelu):
+        gelu = first.gelu is not None and columns[0] >= self._extent(first.gelu)
+        if gelu:
             form = replace(form, shift=self.target.shift(form))
+        static = self.target.static(scheme, self.layout)
+        if static == "required":
+            return replace(form, input_scale=True)
+        activation = scheme.activation
+        if static == "optional" and activation is not None:
+            form = replace(form, input_scale=self.options.calibrated and not first.splits)
+            if activation.tile == (ALL, ALL) and not form.input_scale:
+                # the runtime would quantize these inputs at scale 1: adaLN's see one row per
+                # image, so nothing is saved, and those behind a GELU pass the largest code
+                form = replace(form, full_precision=gelu or bool(first.splits))
         return form
 
     def _promise(self, name: str, form: PackedForm) -> dict[str, TensorInfo]:
@@ -277,3 +379,10 @@ class _Planner:
 
     def _bias_dtype(self, bias: list[str]) -> str:
         return self.source.infos[bias[0]].dtype if bias else "BF16"
+
+
+def _rotation(widest: int, columns: int) -> int:
+    """The widest group of 256, 64 or 16 channels that divides the columns, 0 if none does."""
+    while widest >= 16 and columns % widest:
+        widest //= 4
+    return widest if widest >= 16 else 0

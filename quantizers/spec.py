@@ -52,7 +52,8 @@ class Code:
     """An element code: an integer, or a float with exponent and mantissa bits.
 
     Signed integers are symmetric, -maximum .. maximum; unsigned ones begin at 0. Floats follow
-    the OCP formats: e4m3 gives its last code to NaN, e2m1 has no special values, e5m2 is IEEE.
+    the OCP formats: e4m3 gives its last code to NaN, e2m1 and e3m2 have no special values, e5m2 is
+    IEEE. levels: what the codes 0, 1, ... of a codebook stand for, in rising order.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Code:
     mantissa: int = 0
     specials: int = 0
     signed: bool = True
+    levels: tuple[float, ...] = ()
 
     @property
     def is_float(self) -> bool:
@@ -70,6 +72,8 @@ class Code:
     @property
     def maximum(self) -> float:
         """The largest value a code stands for."""
+        if self.levels:
+            return max(abs(level) for level in self.levels)
         if not self.is_float:
             return float(2 ** (self.bits - self.signed) - 1)
         steps = 2 ** (self.exponent + self.mantissa) - 1 - self.specials
@@ -78,6 +82,20 @@ class Code:
         return math.ldexp(1 + mantissa / 2**self.mantissa, exponent - bias)
 
 
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of a Gaussian (QLoRA arXiv 2305.14314, appendix E), as bitsandbytes has them."""
+
+LUT4_LEVELS = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+"""Lloyd-Max levels of a Gaussian, as comfy_kitchen/tensor/w4a8_packed.py has them."""
+
 CODES = {
     code.name: code
     for code in (
@@ -85,6 +103,9 @@ CODES = {
         Code("uint4", bits=4, signed=False),
         Code("int8", bits=8),
         Code("e2m1", bits=4, exponent=2, mantissa=1),
+        Code("e3m2", bits=6, exponent=3, mantissa=2),
+        Code("nf4", bits=4, levels=NF4_LEVELS),
+        Code("lut4", bits=4, levels=LUT4_LEVELS),
         Code("e4m3", bits=8, exponent=4, mantissa=3, specials=1),
         Code("e5m2", bits=8, exponent=5, mantissa=2, specials=4),
     )
@@ -97,10 +118,13 @@ class QuantSpec:
 
     (1, ALL) per row | (1, 64) groups | (128, 128) blocks | (ALL, ALL) per tensor.
 
-    scale: dtype of the scales; tensor_scale: dtype of a second-level scale, if any, which
-    divides the first so that it fits its own dtype (NVFP4). floor: smallest scale; where it
-    is 0, the scale of an all-zero tile is 1. reciprocal: the runtime's own quantizer
-    multiplies by 1/scale instead of dividing, which decides ties of equal bytes.
+    scale: dtype of the scales, F8_E8M0 for powers of two (rounded up); tensor_scale: dtype of a
+    second-level scale, if any, which divides the first so that it fits its own dtype (NVFP4).
+    floor: smallest scale; where it is 0, the scale of an all-zero tile is 1. reciprocal: the
+    runtime's own quantizer multiplies by 1/scale instead of dividing, which decides ties of equal
+    bytes. zero_point: each tile has a zero point of its own, w = (code - zero) scale. ragged: the
+    last tile of an axis may be smaller than the others. full_range: integer codes may reach one
+    further down than up, and scales may be negative. unit: no scale is stored, all are 1.
     """
 
     code: str
@@ -109,6 +133,10 @@ class QuantSpec:
     tensor_scale: str | None = None
     floor: float = 0.0
     reciprocal: bool = False
+    zero_point: bool = False
+    ragged: bool = False
+    full_range: bool = False
+    unit: bool = False
 
     @property
     def maximum(self) -> float:
@@ -126,9 +154,9 @@ class QuantSpec:
         Raises ValueError, with the reason, where the tile does not divide the shape.
         """
         tile = self.tile_of(shape)
-        if any(extent % side for extent, side in zip(shape, tile, strict=True)):
+        if not self.ragged and any(e % side for e, side in zip(shape, tile, strict=True)):
             raise ValueError(f"{self.code} needs tiles of {tile}; {shape} does not divide")
-        return shape[0] // tile[0], shape[1] // tile[1]
+        return -(-shape[0] // tile[0]), -(-shape[1] // tile[1])
 
     def row_blocks(self, shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
         """Rows start .. stop of an [N, K] weight in blocks of about BLOCK weights.
@@ -152,9 +180,13 @@ class Scheme:
 
     weight: format of the linears; activation: what the runtime makes of their inputs (None:
     nothing); modulation: format of the adaLN linears, None where they are treated like all
-    others. steps: subset of ("smooth", "lowrank"), in that order. rank: of the low-rank
-    branch. rounding: the default where calibration statistics exist. targets: names, the
-    default first.
+    others. targets: names, the default first.
+
+    steps: subset of STEPS, in that order. rank: of the low-rank branch. rotation: the widest
+    group of channels that a regular Hadamard matrix rotates. rounding: the default where
+    calibration statistics exist. shared: linears that read one input share tensor-wide scales.
+    better, share: the scheme that the most sensitive layers get instead, and their share of all
+    weights. calibrated: makes no sense without activations.
     """
 
     name: str
@@ -165,4 +197,15 @@ class Scheme:
     modulation: QuantSpec | None = None
     steps: tuple[str, ...] = ()
     rank: int = 0
+    rotation: int = 0
     rounding: str = "rtn"
+    shared: bool = False
+    better: str | None = None
+    share: float = 0.0
+    calibrated: bool = False
+
+
+STEPS = ("fold", "rotate", "smooth", "lowrank", "clip")
+"""fold: smoothing that goes into the layers before (AWQ); rotate: regular Hadamard of channel
+groups (ConvRot); smooth: a vector that the runtime divides by; lowrank: a 16-bit branch beside the
+codes; clip: a search for the range of each group by its output error (AWQ)."""

@@ -72,13 +72,17 @@ class LinearProblem:
     weight: [N, K], any float dtype; bias: [N] or None; parts: rows of each source linear that
     is stacked in weight (they share a low-rank branch and keep their own tensor scales);
     shift: constant that the runtime adds to x before it quantizes (0: none), which also makes
-    its activation codes unsigned; stats: None without calibration.
+    its activation codes unsigned; rotation: group of channels that the runtime rotates by a
+    regular Hadamard matrix before it quantizes (0: none); ceiling: [] magnitude that tensor-wide
+    scales must cover where linears share them; stats: None without calibration.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     parts: tuple[int, ...] = ()
     shift: float = 0.0
+    rotation: int = 0
+    ceiling: Tensor | None = None
     stats: LayerStats | None = None
 
 
@@ -94,11 +98,14 @@ class LowRank:
 class QuantizedTensor:
     """A quantized linear in natural layout.
 
-    codes: [N, K]; int8 for integer codes, float8 for e4m3 and e5m2, uint8 sign << 3 | magnitude
-    for e2m1. scale: shape spec.grid([N, K]). tensor_scale: [1], or [N] where stacked linears
-    keep their own. smooth: [K], the runtime divides x by it; the codes are of W diag(smooth)
-    minus the low-rank branch. bias: as the runtime adds it, so with a shift it already holds
-    the correction. input_scale: [] static activation scale.
+    codes: [N, K]; int8 for integer codes, float8 for e4m3 and e5m2, uint8 sign and magnitude bits
+    for e2m1 and e3m2, uint8 index for codebooks. scale: shape spec.grid([N, K]). tensor_scale:
+    [1], or [N] where rows have their own. zero: shape of scale, fp32, where the spec has zero
+    points. smooth: [K], the runtime divides x by it; the codes are of W diag(smooth) minus the
+    low-rank branch. rotation: channels of a group that the runtime rotates after that; the codes
+    are of the rotated weight. codebook: [levels] fp32, where a layer has one of its own. bias: as
+    the runtime adds it, so with a shift it already holds the correction. input_scale: [] static
+    activation scale (second-level, where activations have two).
     """
 
     spec: QuantSpec
@@ -110,3 +117,6 @@ class QuantizedTensor:
     lowrank: LowRank | None = field(default=None)
     shift: float = 0.0
     input_scale: Tensor | None = None
+    zero: Tensor | None = None
+    rotation: int = 0
+    codebook: Tensor | None = None

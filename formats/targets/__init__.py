@@ -7,8 +7,13 @@ A target module holds
     KEEP_DTYPE                  dtype of tensors that stay unquantized, None to keep each as found
     ROLES                       {role of a linear: "weight" | "modulation"}; others are kept
     PARTIAL                     whether single linears may stay unquantized
+    FOLDER                      folder of the weights and the config inside the output, "" for none
     ROWS                        whether a layer packed in blocks of rows gives the same bytes
     accepts(scheme)             None, or why the runtime has no layout for this scheme
+    layouts(scheme)             names of its layouts for this scheme, the default first
+    adapt(scheme, layout)       the scheme as the runtime needs it (dtypes of scales, activations)
+    static(scheme, layout)      a static activation scale: "never", "optional" (written when
+                                calibrated) or "required"
     problem(form)               None, or why this layer cannot be packed
     shift(form)                 the constant that the runtime adds to inputs behind a GELU
     activation(form, scheme)    what the runtime makes of the layer's inputs, None: nothing
@@ -16,7 +21,12 @@ A target module holds
     pack(form, q), unpack(form, tensors)      logical result <-> {suffix: tensor}
     recognize(infos, metadata, config)        Recognized or None: is this one of my files?
     filename(context), metadata(context), config(context)
-    misnamed(name, recognized)  only where a runtime reads the file's name: None, or what is wrong
+
+and, only where a runtime wants it,
+
+    misnamed(name, recognized)  None, or what is wrong with a file's name
+    files(context, names)       {file: names of its tensors} where there are several
+    SETTINGS                    {name: allowed values}: what the user may say of this target alone
 """
 
 from __future__ import annotations
@@ -65,8 +75,15 @@ class Target(Protocol):
     ROLES: Mapping[str, str]
     PARTIAL: bool
     ROWS: bool
+    FOLDER: str
 
     def accepts(self, scheme: Scheme) -> str | None: ...
+
+    def layouts(self, scheme: Scheme) -> tuple[str, ...]: ...
+
+    def adapt(self, scheme: Scheme, layout: str) -> Scheme: ...
+
+    def static(self, scheme: Scheme, layout: str) -> str: ...
 
     def problem(self, form: PackedForm) -> str | None: ...
 

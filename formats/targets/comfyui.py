@@ -44,6 +44,7 @@ KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
 PARTIAL = True
 ROWS = True
+FOLDER = ""
 
 ROW, TENSOR = (1, ALL), (ALL, ALL)
 FORMATS = {
@@ -69,6 +70,21 @@ def accepts(scheme: Scheme) -> str | None:
     return None
 
 
+def layouts(scheme: Scheme) -> tuple[str, ...]:
+    """There is one."""
+    return ("",)
+
+
+def adapt(scheme: Scheme, layout: str) -> Scheme:
+    """The scheme fits as it is."""
+    return scheme
+
+
+def static(scheme: Scheme, layout: str) -> str:
+    """See formats/targets."""
+    return "optional" if scheme.activation and scheme.activation.tile == TENSOR else "never"
+
+
 def problem(form: PackedForm) -> str | None:
     """See formats/targets."""
     reasons = []
@@ -92,15 +108,13 @@ def shift(form: PackedForm) -> float:
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
     """Nothing where the marker asks for a product in full precision."""
-    return None if FULL_PRECISION in marker(form) else scheme.activation
+    return None if form.full_precision else scheme.activation
 
 
 def marker(form: PackedForm) -> dict[str, Any]:
     """What comfy_quant and the header say of a layer."""
     said: dict[str, Any] = {"format": FORMATS[form.spec.code, form.spec.tile]}
-    if form.spec.code == "e4m3" and form.splits:
-        # Modulation sees one row per image, so an fp8 product saves nothing; and without an
-        # input_scale ComfyUI quantizes the activations at scale 1.0, where large ones clip.
+    if form.full_precision:
         said[FULL_PRECISION] = True
     return said
 
@@ -243,7 +257,7 @@ def _layer_problems(layer: str, form: PackedForm, infos: Infos, entry: object) -
     if entry is not None:
         reason = _entry_problem(entry if isinstance(entry, dict) else None, form.spec.code)
         return [*problems, f"metadata {HEADER}, {layer}: {reason}"] if reason else problems
-    sizes = {marker_info, promise(replace(form, splits=6))["comfy_quant"]}
+    sizes = {marker_info, promise(replace(form, full_precision=True))["comfy_quant"]}
     if infos[f"{layer}.comfy_quant"] not in sizes:
         # only the header is at hand here; unpack reads the marker itself
         problems.append(f"{layer}.comfy_quant: says more than a format, and the header does not")

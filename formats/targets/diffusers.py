@@ -35,6 +35,7 @@ KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = True
 ROWS = False
+FOLDER = ""
 
 LAYOUT = svdq.Layout(
     smooth=("smooth_factor",),
@@ -49,6 +50,21 @@ LAYOUT = svdq.Layout(
 def accepts(scheme: Scheme) -> str | None:
     """See formats/targets."""
     return svdq.accepts(scheme)
+
+
+def layouts(scheme: Scheme) -> tuple[str, ...]:
+    """There is one."""
+    return ("",)
+
+
+def adapt(scheme: Scheme, layout: str) -> Scheme:
+    """The scheme fits as it is."""
+    return scheme
+
+
+def static(scheme: Scheme, layout: str) -> str:
+    """See formats/targets."""
+    return "never"
 
 
 def problem(form: PackedForm) -> str | None:

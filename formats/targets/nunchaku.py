@@ -42,6 +42,7 @@ KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = False
 ROWS = False
+FOLDER = ""
 
 LAYOUT = svdq.Layout(
     smooth=("smooth", "smooth_orig"),
@@ -56,6 +57,21 @@ LAYOUT = svdq.Layout(
 def accepts(scheme: Scheme) -> str | None:
     """See formats/targets."""
     return svdq.accepts(scheme)
+
+
+def layouts(scheme: Scheme) -> tuple[str, ...]:
+    """There is one."""
+    return ("",)
+
+
+def adapt(scheme: Scheme, layout: str) -> Scheme:
+    """The scheme fits as it is."""
+    return scheme
+
+
+def static(scheme: Scheme, layout: str) -> str:
+    """See formats/targets."""
+    return "never"
 
 
 def problem(form: PackedForm) -> str | None:
