@@ -17,23 +17,50 @@ from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.spec import CODES, QuantSpec, Scheme, TensorInfo
 from dqconvert.quantizers.tensors import DTYPE_NAMES, TORCH_DTYPES, LowRank, QuantizedTensor
 
+SHAPES = ((128, 128), (384, 256), (96, 192), (40, 24))
+
 
 def forms(runtime: Target, scheme: Scheme) -> Iterator[PackedForm]:
-    """Every form that the target takes of this scheme, of the shapes tried."""
-    for shape in ((128, 128), (384, 256), (96, 192), (40, 24)):
+    """Every form that a plan may ask of this scheme, in all layouts, of the shapes tried."""
+    if runtime.accepts(scheme) is None:
+        for layout in runtime.layouts(scheme):
+            yield from forms_in(runtime, runtime.adapt(scheme, layout), layout)
+
+
+def forms_in(runtime: Target, scheme: Scheme, layout: str) -> Iterator[PackedForm]:
+    """The forms of one layout. scheme: as the runtime needs it."""
+    static, rank = runtime.static(scheme, layout), scheme.rank
+    for shape in SHAPES:
+        first = PackedForm(
+            scheme.weight,
+            shape,
+            rank=rank,
+            layout=layout,
+            rotation=rotation_of(scheme, shape[1]),
+            input_scale=static == "required",
+        )
+        calibrated = replace(first, bias_dtype="F16", input_scale=True)
         for plain in (
-            PackedForm(scheme.weight, shape, rank=scheme.rank),
-            PackedForm(scheme.weight, shape, rank=scheme.rank, bias=False, bias_dtype="F32"),
-            PackedForm(scheme.weight, shape, rank=16 if scheme.rank else 0, parts=2),
-            PackedForm(scheme.weight, shape, rank=scheme.rank, input_scale=True, bias_dtype="F16"),
+            first,
+            replace(first, bias=False, bias_dtype="F32"),
+            replace(first, rank=16 if rank else 0, parts=2),
+            first if static == "never" else calibrated,
+            replace(first, smooth=not rank),
+            replace(first, full_precision=not rank),
         ):
             yield replace(plain, shift=runtime.shift(plain))
         separate = runtime.ROLES.get("modulation") == "modulation" and scheme.modulation
-        spec, rank = (scheme.modulation, 0) if separate else (scheme.weight, scheme.rank)
-        assert spec is not None
+        if separate:
+            assert scheme.modulation is not None
+            first = replace(first, spec=scheme.modulation, rank=0, rotation=0, input_scale=False)
         for splits in (3, 6):
-            yield PackedForm(spec, shape, rank=rank, splits=splits)
-            yield PackedForm(spec, shape, rank=rank, splits=splits, bias=False)
+            yield replace(first, splits=splits)
+            yield replace(first, splits=splits, bias=False)
+
+
+def rotation_of(scheme: Scheme, k: int) -> int:
+    """The widest group that the scheme allows and K holds, 0 for none."""
+    return next((g for g in (256, 64, 16) if g <= scheme.rotation and k % g == 0), 0)
 
 
 def cases() -> list[Any]:
@@ -56,14 +83,16 @@ def generator(form: PackedForm) -> torch.Generator:
 
 
 def codes_of(spec: QuantSpec, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
+    """Random codes, every one that the spec allows."""
     code = CODES[spec.code]
-    if code.name == "e2m1":
-        return torch.randint(0, 16, shape, generator=rng).to(torch.uint8)
+    if code.levels or (code.is_float and code.bits < 8):
+        return torch.randint(0, 2**code.bits, shape, generator=rng).to(torch.uint8)
     if code.is_float:
         dtype = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}[code.name]
         return torch.randn(shape, generator=rng).to(dtype)
     top = int(code.maximum)
-    return torch.randint(-top, top + 1, shape, generator=rng).to(torch.int8)
+    low = -top - spec.full_range if code.signed else 0
+    return torch.randint(low, top + 1, shape, generator=rng).to(torch.int8)
 
 
 def result_of(form: PackedForm, spec_smooth: bool) -> QuantizedTensor:
@@ -74,21 +103,27 @@ def result_of(form: PackedForm, spec_smooth: bool) -> QuantizedTensor:
     def values(*shape: int, dtype: str = "BF16") -> Tensor:
         return torch.randn(shape, generator=rng).abs().add(0.01).to(TORCH_DTYPES[dtype])
 
+    grid = spec.grid(form.shape)
     second = None
     if spec.tensor_scale is not None:
         each = values(form.parts, dtype=spec.tensor_scale)
         second = each if form.parts == 1 else each.repeat_interleave(n // form.parts)
+        second = values(n, dtype=spec.tensor_scale) if spec.code == "lut4" else second
     branch = form.rank > 0
+    zero = torch.randint(0, 16, grid, generator=rng).float() if spec.zero_point else None
     return QuantizedTensor(
         spec=spec,
         codes=codes_of(spec, form.shape, rng),
-        scale=values(*spec.grid(form.shape), dtype=spec.scale),
+        scale=torch.ones(grid) if spec.unit else values(*grid, dtype=spec.scale),
         tensor_scale=second,
         bias=-values(n, dtype=form.bias_dtype) if form.bias else None,
-        smooth=values(k) if spec_smooth and branch else None,
+        smooth=values(k) if form.smooth or (spec_smooth and branch) else None,
         lowrank=LowRank(values(form.rank, k), -values(n, form.rank)) if branch else None,
         shift=form.shift,
         input_scale=values(1, dtype="F32").reshape(()) if form.input_scale else None,
+        zero=zero,
+        rotation=form.rotation,
+        codebook=values(16, dtype="F32").sort().values if spec.code == "lut4" else None,
     )
 
 
@@ -107,20 +142,25 @@ def same(one: Tensor | None, two: Tensor | None) -> bool:
     return one.dtype == two.dtype and one.shape == two.shape and torch.equal(raw(one), raw(two))
 
 
-def context_of(runtime: Target, scheme: Scheme) -> tuple[FileContext, dict[str, TensorInfo]]:
+def context_of(
+    runtime: Target, scheme: Scheme, layout: str | None = None
+) -> tuple[FileContext, dict[str, TensorInfo]]:
     """A file with a layer of each form that can be told from a header."""
+    layout = runtime.layouts(scheme)[0] if layout is None else layout
+    adapted = runtime.adapt(scheme, layout)
     layers = {}
-    for i, form in enumerate(forms(runtime, scheme)):
+    for i, form in enumerate(forms_in(runtime, adapted, layout)):
         uniform = replace(form, rank=scheme.rank if form.rank else 0)
         if runtime.problem(uniform) is None:
             layers[f"transformer_blocks.{i}.linear"] = uniform
     context = FileContext(
         model="toy",
-        scheme=scheme,
+        scheme=adapted,
         rank=scheme.rank,
         config={"_class_name": "FluxTransformer2DModel", "num_layers": 2},
         layers=layers,
         facts={"model_class": "NunchakuFluxTransformer2dModel", "comfy_config": {"a": [1]}},
+        layout=layout,
     )
     infos = {
         f"{layer}.{suffix}": info
