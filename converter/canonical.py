@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 
 Infos = Mapping[str, TensorInfo]
 
-DIALECTS = ("original", "diffusers")
-"""What checkpoints are written in; other dialects are written by targets only."""
-
-
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap."""
@@ -100,7 +96,7 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
     for family in families().values():
         for prefix in (*family.prefixes, ""):
             names = [n for n in source.infos if n.startswith(prefix)]
-            for dialect in DIALECTS:
+            for dialect in family.sources:
                 origins = _origins(source.infos, names, prefix, family, dialect)
                 if all(name in origins for name in family.signature):
                     found = CanonicalSource(source, family, dialect, origins)
@@ -122,18 +118,17 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     """
     names = list(names)
     required: set[str] = set()
-    optional: set[str] = set()
-    for entry in family.dialects["original"]:
+    optional: dict[str, set[str]] = {}
+    for entry in family.dialects[family.sources[0]]:
         for leaf in leaves(entry):
             for ours in leaf.ours:
-                found = set(_numbered(ours, family, names))
-                loose = ours.startswith(family.optional) if family.optional else False
-                (optional if loose else required).update(found)
-    for module in family.optional:
-        whole = {name for name in optional if name.startswith(module)}
+                module = next((m for m in family.optional if ours.startswith(m)), None)
+                whole = required if module is None else optional.setdefault(module, set())
+                whole.update(_numbered(ours, family, names))
+    for whole in optional.values():
         if not whole.isdisjoint(names):
             required |= whole
-    return required, optional
+    return required, {name for whole in optional.values() for name in whole}
 
 
 def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, str]]:
@@ -193,7 +188,7 @@ def _origins(
     infos: Infos, names: Sequence[str], prefix: str, family: Family, dialect: str
 ) -> dict[str, Origin]:
     """Where each canonical tensor lies; names that the table does not know are left out."""
-    if dialect == "diffusers":
+    if not family.dialects[dialect]:
         required, optional = expected(family, (name.removeprefix(prefix) for name in names))
         known = required | optional
         short = {name.removeprefix(prefix): name for name in names}

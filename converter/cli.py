@@ -66,6 +66,23 @@ class Smooth(click.ParamType[str]):
         return self.fail(f"'{value}' is none of auto, off, or a number from 0 to 1", param, ctx)
 
 
+class Override(click.ParamType[tuple[str, str]]):
+    """REGEX=SCHEME."""
+
+    name = "REGEX=SCHEME"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> tuple[str, str]:
+        """The two halves; the scheme must exist."""
+        if isinstance(value, tuple):
+            return value
+        pattern, _, name = str(value).rpartition("=")
+        if not pattern or not name:
+            self.fail(f"'{value}' is not of the form REGEX=SCHEME", param, ctx)
+        if name not in schemes():
+            raise UnknownName("scheme", name, schemes())
+        return pattern, name
+
+
 def reported(command: Callable[..., Any]) -> Callable[..., Any]:
     """Turn errors of the user's into one line and exit 1, Ctrl-C and SIGTERM into 130."""
 
@@ -111,9 +128,17 @@ def main() -> None:
 @click.option("--pipeline", metavar="MODEL", help="Text encoders for a lone transformer.")
 @click.option("-o", "--output", type=PATH, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
 @click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
-@click.option("--rounding", type=click.Choice(["rtn", "gptq"]), help="Default: the scheme's.")
+@click.option("--rounding", type=click.Choice(["rtn", "mse", "gptq"]), help="Default: gptq.")
 @click.option("--smooth", type=Smooth(), default="auto", show_default=True)
+@click.option("--precondition", type=click.Choice(["off", "auto", "fold", "center"]), default="off")
+@click.option("--group-size", type=int, metavar="N", help="Of weight-only int4: 32, 64 or 128.")
+@click.option("--zero-points", is_flag=True, help="Weight-only int4 with zero points.")
 @click.option("--keep", metavar="REGEX", help="Linears to leave unquantized, by diffusers name.")
+@click.option("--override", type=Override(), multiple=True, help="Another scheme for some linears.")
+@click.option("--layout", metavar="NAME", help="One of the target's; see `dqconvert list targets`.")
+@click.option("--legacy", is_flag=True, help="Short for --layout scaled-fp8 (comfyui).")
+@click.option("--kernel", metavar="NAME", help="What LightX2V runs the layers with.")
+@click.option("--save-by-block", is_flag=True, help="A file for each block (lightx2v).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default: cores.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -124,11 +149,20 @@ def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
     """Quantize MODEL (the default command)."""
     from dqconvert.converter.prepare import prepare
 
-    prepared = prepare(Job(**words))
+    prepared = prepare(_job(**words))
     if dry_run:
         show.plan(prepared, as_json)
         return
     show.conversion(prepared, as_json, quiet)
+
+
+def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, **words: Any) -> Job:
+    """A job from the words of the command line, the short ones spelt out."""
+    if legacy:
+        words["layout"] = words["layout"] or "scaled-fp8"
+    settings = {"kernel": kernel, "save-by-block": "yes" if save_by_block else None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return Job(**words, overrides=tuple(override), settings=given)
 
 
 @main.command("list")

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dqconvert.converter.job import LayerReport, Progress, Report
-from dqconvert.converter.plan import LayerPlan
+from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.prepare import Prepared
+from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.folder import OutputFolder
-from dqconvert.formats.writer import StreamWriter
 
 if TYPE_CHECKING:
     from dqconvert.quantizers.tensors import LayerStats
@@ -38,19 +39,20 @@ def convert(
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
     _import_torch()
     from dqconvert.converter import manifest
+    from dqconvert.converter.refine import refine
     from dqconvert.converter.statistics import statistics
 
     start = time.perf_counter()
-    plan = prepared.plan
     stats: Stats = {}
     with OutputFolder(prepared.output, prepared.job.overwrite) as folder:
         if prepared.calibration is not None:
             stats = statistics(prepared.calibration, prepared.model, prepared.source, listen)
-        weights = folder / plan.target.filename(plan.context)
-        metadata = plan.target.metadata(plan.context)
+            prepared, stats = refine(prepared, stats, listen)
+        plan = prepared.plan
         layers: list[LayerReport] = []
-        with StreamWriter(weights, plan.outputs, metadata) as writer:
-            for reports in _groups(prepared, writer, stats, listen):
+        metadata = plan.target.metadata(plan.context)
+        with FileSet(_files(folder, plan), plan.outputs, metadata) as files:
+            for reports in _groups(prepared, files, stats, listen):
                 layers += reports
                 yield from reports
         places = {layer.name: place for place, layer in enumerate(plan.layers)}
@@ -63,8 +65,18 @@ def convert(
             peak_memory=peak_memory(),
             notes=prepared.notes,
         )
-        report = manifest.write(folder, prepared, report, {weights.name: writer.sha256})
+        report = manifest.write(folder, prepared, report, files.digests)
     yield report
+
+
+def _files(folder: Path, plan: Plan) -> dict[Path, tuple[str, ...]]:
+    """The files of an output and the names of their tensors; makes the folder they lie in."""
+    place = folder / plan.target.FOLDER
+    place.mkdir(exist_ok=True)
+    split = getattr(plan.target, "files", None)  # of some targets only
+    names = tuple(plan.outputs)
+    found = split(plan.context, names) if split else {plan.target.filename(plan.context): names}
+    return {place / name: tuple(tensors) for name, tensors in found.items()}
 
 
 def _import_torch() -> None:
@@ -86,7 +98,7 @@ def peak_memory() -> int:
 
 def _groups(
     prepared: Prepared,
-    writer: StreamWriter,
+    files: FileSet,
     stats: Stats,
     listen: Callable[[Progress], None],
 ) -> Iterator[list[LayerReport]]:
@@ -97,10 +109,8 @@ def _groups(
     from dqconvert.quantizers.recipe import RecipeOptions
 
     plan, job = prepared.plan, prepared.job
-    options = RecipeOptions(
-        rank=plan.context.rank, rounding=job.rounding or plan.scheme.rounding, smooth=job.smooth
-    )
-    shared = Work(plan, prepared.source, stats, options, writer)
+    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
+    shared = Work(plan, prepared.source, stats, options, files)
     done = 0
 
     def work(group: list[LayerPlan]) -> tuple[int, list[LayerReport]]:

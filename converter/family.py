@@ -25,23 +25,24 @@ class Entry:
     ours: stacked on rows, in this order; all but the last have the model's hidden size. columns:
     the input channels start .. stop of a single canonical linear, "hidden" and None allowed; its
     bias goes to the entry that reaches the last column. swap: the two halves of the rows change
-    places.
+    places. bias: whether the leaves of `.*` are weight and bias, or weight alone.
     """
 
     theirs: str
     ours: tuple[str, ...]
     columns: tuple[int | str, int | str | None] | None = None
     swap: bool = False
+    bias: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear inside a block.
+    """A linear inside a block, or one outside that some runtime quantizes.
 
-    role: "attention", "mlp" or "modulation". shares: label, within the block, of the linears
-    that share one smooth vector. site: the linear whose input is observed for it (None: its
-    own). gelu: input channel from which the input comes out of a GELU. splits: chunks of a
-    modulation linear.
+    role: "attention", "mlp" or "modulation"; "final" behind the blocks. shares: label, within
+    the block, of the linears that share one smooth vector. site: the linear whose input is
+    observed for it (None: its own). gelu: input channel from which the input comes out of a GELU.
+    splits: chunks of a modulation linear.
     """
 
     name: str
@@ -78,12 +79,13 @@ class Family:
     title: for people; aliases: {short name: Hub id}. signature: canonical tensors that only this
     family has together. hidden: canonical tensor whose rows are the hidden size. blocks: the
     module lists of transformer blocks. optional: modules that some variants lack. prefixes: what
-    all-in-one checkpoints put before the transformer's names. dialects: {name: entries};
-    "original" lists every tensor, in the others a name that no entry mentions stays as it is;
-    "diffusers" is the identity. config_of(infos): the diffusers config that the shapes imply;
+    all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
+    that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the
+    first lists every tensor, an empty one is the identity. unread: tensors of such checkpoints
+    that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target:
-    {role: treatment or None}}, where a runtime's loader of this family differs from the target's
-    ROLES. sensitive: linears that mixed schemes keep at the better format without calibration.
+    {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of this
+    family differs from the target's ROLES; the nearest word counts. sensitive: linears that mixed schemes keep at the better format without calibration.
     folds: where the model itself can hold a smooth vector and a center.
     """
 
@@ -100,6 +102,8 @@ class Family:
     facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
     optional: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.diffusion_model.",)
+    sources: tuple[str, ...] = ("original", "diffusers")
+    unread: tuple[str, ...] = ()
     policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     sensitive: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
@@ -155,6 +159,7 @@ def leaves(entry: Entry) -> list[Entry]:
             tuple(name[:-1] + leaf for name in entry.ours),
             entry.columns,
             entry.swap,
+            entry.bias,
         )
-        for leaf in LEAVES
+        for leaf in (LEAVES if entry.bias else LEAVES[:1])
     ]

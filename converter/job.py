@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,20 @@ class Job:
     rounding: str | None = None
     smooth: str = "auto"
     keep: str | None = None
+    overrides: tuple[tuple[str, str], ...] = ()
+    layout: str | None = None
+    group_size: int | None = None
+    zero_points: bool = False
+    precondition: str = "off"
+    settings: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     workers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a stage is: "calibrate" counts denoising steps, "convert" bytes read."""
+    """How far a stage is: "calibrate" counts denoising steps, "measure" layers, "convert" bytes
+    read."""
 
     stage: str
     done: int
@@ -43,7 +51,8 @@ class LayerReport:
 
     weight_error: ||W' - W|| / ||W||, None where there is no W to compare with; output_error:
     ||Y' - Y|| / ||Y|| on held calibration rows, activations quantized as the runtime does, None
-    without calibration; seconds: of all layers of its group.
+    without calibration; seconds: of all layers of its group; scheme: its own, where a conversion
+    mixes several.
     """
 
     name: str
@@ -53,6 +62,7 @@ class LayerReport:
     weight_error: float | None
     output_error: float | None = None
     seconds: float = 0.0
+    scheme: str | None = None
 
     @property
     def error(self) -> float:

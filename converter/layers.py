@@ -14,7 +14,7 @@ from dqconvert.converter.family import fill, leaves
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.streaming import stream_layer, streams
-from dqconvert.formats.writer import StreamWriter
+from dqconvert.formats.fileset import FileSet
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.recipe import RecipeOptions
@@ -37,7 +37,7 @@ class Work:
     source: CanonicalSource
     stats: Stats
     options: RecipeOptions
-    writer: StreamWriter
+    writer: FileSet
 
 
 def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
@@ -127,7 +127,8 @@ def _report(
     layer: LayerPlan, problem: LinearProblem, q: QuantizedTensor, plan: Plan
 ) -> LayerReport:
     assert layer.form is not None
-    activation = plan.target.activation(layer.form, layer.scheme or plan.scheme)
+    scheme = layer.scheme or plan.scheme
+    activation = plan.target.activation(layer.form, scheme)
     return LayerReport(
         name=layer.name,
         format=layer.form.label,
@@ -135,6 +136,7 @@ def _report(
         nbytes=layer.nbytes,
         weight_error=recipe.weight_error(q, problem.weight),
         output_error=recipe.output_error(q, problem, activation) if problem.stats else None,
+        scheme=scheme.name,
     )
 
 

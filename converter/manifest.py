@@ -26,7 +26,7 @@ NAME = MANIFEST
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers")
 
 
-def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[str, str]) -> Report:
+def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[Path, str]) -> Report:
     """Complete an output folder whose weights are there; returns the report with its files.
 
     digests: SHA-256 of the files that were hashed while they were written.
@@ -35,13 +35,15 @@ def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[str
     config = plan.target.config(plan.context)
     try:
         if config is not None:
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            place = folder / plan.target.FOLDER / "config.json"
+            place.write_text(json.dumps(config, indent=2) + "\n")
         files = {
-            path.name: {
+            path.relative_to(folder).as_posix(): {
                 "bytes": path.stat().st_size,
-                "sha256": digests.get(path.name) or _digest(path),
+                "sha256": digests.get(path) or _digest(path),
             }
-            for path in sorted(folder.iterdir())
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
         }
         report = dataclasses.replace(report, files=files)
         (folder / NAME).write_text(json.dumps(describe(prepared, report), indent=2) + "\n")
@@ -68,9 +70,13 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
         "target": plan.target.NAME,
         "options": {
             "rank": plan.context.rank,
-            "rounding": (job.rounding or plan.scheme.rounding) if prepared.calibration else "rtn",
+            "rounding": prepared.rounding,
             "smooth": job.smooth if prepared.calibration and plan.scheme.steps else "off",
             "keep": job.keep,
+            "layout": plan.context.layout,
+            "group_size": job.group_size,
+            "zero_points": job.zero_points,
+            "settings": dict(job.settings),
         },
         "calibration": _calibration(prepared),
         "output": {"folder": str(prepared.output), "bytes": plan.nbytes},

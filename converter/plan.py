@@ -9,33 +9,12 @@ from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource, composed_info, entries_of
 from dqconvert.converter.family import Entry, Linear, fill, leaves, match
+from dqconvert.converter.options import KEEP, PlanOptions, customised
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import ALL, Scheme, TensorInfo
-
-
-@dataclass(frozen=True, slots=True)
-class PlanOptions:
-    """What a user may change of a plan.
-
-    rank: of low-rank branches, None for the scheme's; keep: regular expression over canonical
-    names of linears that stay unquantized; calibrated: whether statistics will be there;
-    smooth: as typed, refused where the scheme has no smoothing; layout: one of the target's,
-    None for its default; group_size, zero_points: of weight-only int4; choices: {canonical
-    linear: scheme} where some differ from the rest; settings: what is said of the target alone.
-    """
-
-    rank: int | None = None
-    keep: str | None = None
-    calibrated: bool = False
-    smooth: str = "auto"
-    layout: str | None = None
-    group_size: int | None = None
-    zero_points: bool = False
-    choices: Mapping[str, str] = field(default_factory=dict)
-    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +94,7 @@ def make_plan(
 
     Raises PlanError with every problem there is.
     """
-    scheme, layout = _customised(target, scheme, options, source)
+    scheme, layout = customised(target, scheme, options, source)
     planner = _Planner(source, target, scheme, options, layout)
     layers = tuple(
         planner.layer(entry, index)
@@ -123,6 +102,8 @@ def make_plan(
     )
     if not planner.matched:
         planner.problems.append(f"--keep {options.keep}: matches no linear that is quantized")
+    for pattern in planner.unmatched:
+        planner.problems.append(f"--override {pattern}: matches no linear that is quantized")
     if planner.problems:
         raise PlanError(dict.fromkeys(planner.problems))  # a split linear is seen twice
     if not any(layer.form for layer in layers):
@@ -150,80 +131,6 @@ def make_plan(
     return Plan(target, scheme, context, layers, total, outputs)
 
 
-def _customised(
-    target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
-) -> tuple[Scheme, str]:
-    """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
-    problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
-    if target.DIALECT not in source.family.dialects:
-        problems.append(f"target {target.NAME} does not run {source.family.title}")
-    if problems:
-        raise PlanError(problems)
-    weight = scheme.weight
-    if options.group_size is not None:
-        weight = replace(weight, tile=(1, options.group_size))
-    if options.zero_points:
-        weight = replace(weight, code="uint4", zero_point=True, full_range=False)
-    layout = options.layout or target.layouts(scheme)[0]
-    adapted = target.adapt(replace(scheme, weight=weight), layout)
-    if target.static(adapted, layout) == "required" and not options.calibrated:
-        raise PlanError(
-            [
-                f"target {target.NAME} needs the range of every input for {scheme.name}: its "
-                "loader fails without; give prompts with --calib"
-            ]
-        )
-    return adapted, layout
-
-
-def _target_problems(target: Target, scheme: Scheme, options: PlanOptions) -> list[str]:
-    refusal = target.accepts(scheme)
-    if refusal:
-        others = [name for name in scheme.targets if name != target.NAME]
-        hint = f"; try --target {' or '.join(others)}" if others else ""
-        return [f"target {target.NAME} cannot hold scheme {scheme.name}: {refusal}{hint}"]
-    problems = []
-    layouts = target.layouts(scheme)
-    if options.layout is not None and options.layout not in layouts:
-        known = ", ".join(layouts) if any(layouts) else "one only"
-        problems.append(
-            f"--layout {options.layout}: {target.NAME} has no such layout of {scheme.name}; "
-            f"there is {known}"
-        )
-    allowed: Mapping[str, tuple[str, ...]] = getattr(target, "SETTINGS", {})
-    for name, value in options.settings.items():
-        if name not in allowed:
-            problems.append(f"--{name}: means nothing to target {target.NAME}")
-        elif value not in allowed[name]:
-            problems.append(f"--{name} {value}: must be one of {', '.join(allowed[name])}")
-    return problems
-
-
-def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
-    problems = []
-    if options.rank is not None and "lowrank" not in scheme.steps:
-        problems.append(f"--rank: scheme {scheme.name} has no low-rank branch")
-    elif options.rank is not None and (options.rank <= 0 or options.rank % 16):
-        problems.append(f"--rank {options.rank}: must be a positive multiple of 16")
-    if options.smooth != "auto" and "smooth" not in scheme.steps:
-        problems.append(f"--smooth {options.smooth}: scheme {scheme.name} has no smoothing")
-    if options.keep is not None:
-        try:
-            re.compile(options.keep)
-        except re.error as error:
-            problems.append(f"--keep {options.keep}: not a regular expression ({error})")
-    grouped = scheme.activation is None and scheme.weight.code == "int4"
-    if options.group_size is not None and not grouped:
-        problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
-    elif options.group_size not in (None, 32, 64, 128):
-        problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
-    if options.zero_points and not grouped:
-        problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
-    if scheme.calibrated and not options.calibrated:
-        problems.append(f"scheme {scheme.name} learns from activations: give prompts with --calib")
-    return problems
-
-
 class _Planner:
     """Plans one layer after the other, collecting problems."""
 
@@ -243,6 +150,7 @@ class _Planner:
             self.rank = scheme.rank if options.rank is None else options.rank
         self.problems: list[str] = []
         self.matched = options.keep is None
+        self.unmatched = {pattern for pattern, _ in options.overrides}
 
     def layer(self, entry: Entry, index: str) -> LayerPlan:
         """The plan of one entry of the target's dialect."""
@@ -257,6 +165,8 @@ class _Planner:
         treatment = self.roles.get(linears[0][0].role)
         if treatment is None:
             return self._kept(entry, index, f"{self.target.NAME} keeps {linears[0][0].role}")
+        if any(self.options.choices.get(module) == KEEP for module in modules):
+            return self._kept(entry, index, "kept")
         if self.options.keep and any(re.search(self.options.keep, name) for name in modules):
             self.matched = True
             return self._kept(entry, index, "--keep")
@@ -292,8 +202,8 @@ class _Planner:
         columns = self._columns(entry, infos[0].shape[1])
         bias = [f"{m}.bias" for m in modules if f"{m}.bias" in self.source.infos]
         name = fill(entry.theirs, index).removesuffix(".*")
-        scheme = self._scheme(modules)
-        form = self._form((first, treatment), infos, columns, scheme)
+        scheme, layout = self._scheme(modules)
+        form = self._form((first, treatment), infos, columns, (scheme, layout))
         form = replace(form, bias=bool(bias), bias_dtype=self._bias_dtype(bias))
         problem = self.target.problem(form)
         if problem:
@@ -311,32 +221,38 @@ class _Planner:
             reason=first.role,
             form=form,
             columns=columns if entry.columns else None,
-            group=f"{blocks}.{block}.{spread}" if first.shares else name,
+            group=f"{blocks}.{block}.{spread}.{scheme.name}" if first.shares else name,
             site=fill(first.site or first.name, block),
             carries_bias=columns[1] == infos[0].shape[1],
             scheme=scheme,
         )
 
-    def _scheme(self, modules: list[str]) -> Scheme:
-        """The scheme of a layer: its own choice if there is one, else a sensitive layer's."""
-        name = next((self.options.choices[m] for m in modules if m in self.options.choices), None)
+    def _scheme(self, modules: list[str]) -> tuple[Scheme, str]:
+        """A layer's scheme and layout: its own choice if there is one, else a sensitive one's."""
+        choices = self.options.choices
+        name = next((choices[module] for module in modules if module in choices), None)
+        for pattern, other in self.options.overrides:
+            if name is None and any(re.search(pattern, module) for module in modules):
+                self.unmatched.discard(pattern)
+                name = other
         if name is None and self.scheme.better and not self.options.choices:
             patterns = self.source.family.sensitive
             if all(any(match(p, module) is not None for p in patterns) for module in modules):
                 name = self.scheme.better
         if name in (None, self.scheme.name):
-            return self.scheme
+            return self.scheme, self.layout
         chosen = schemes.scheme(str(name))
-        return self.target.adapt(chosen, self.target.layouts(chosen)[0])
+        layout = self.target.layouts(chosen)[0]
+        return self.target.adapt(chosen, layout), layout
 
     def _form(
         self,
         row: tuple[Linear, str],
         infos: list[TensorInfo],
         columns: tuple[int, int],
-        scheme: Scheme,
+        chosen: tuple[Scheme, str],
     ) -> PackedForm:
-        first, treatment = row
+        (first, treatment), (scheme, layout) = row, chosen
         shape = (sum(info.shape[0] for info in infos), columns[1] - columns[0])
         modulation = treatment == "modulation" and scheme.modulation is not None
         spec = scheme.modulation if modulation else scheme.weight
@@ -346,14 +262,14 @@ class _Planner:
             shape=shape,
             parts=len(infos),
             splits=first.splits,
-            rank=0 if modulation else self.rank,
-            layout=self.layout,
+            rank=self.rank if "lowrank" in scheme.steps and not modulation else 0,
+            layout=layout,
             rotation=0 if modulation else _rotation(scheme.rotation, shape[1]),
         )
         gelu = first.gelu is not None and columns[0] >= self._extent(first.gelu)
         if gelu:
             form = replace(form, shift=self.target.shift(form))
-        static = self.target.static(scheme, self.layout)
+        static = self.target.static(scheme, layout)
         if static == "required":
             return replace(form, input_scale=True)
         activation = scheme.activation

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
-from dqconvert.converter.plan import Plan, PlanOptions, make_plan
+from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import Model, resolve
 from dqconvert.converter.statistics import Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
@@ -16,12 +17,15 @@ from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.schemes import scheme
-from dqconvert.quantizers.spec import ALL, CODES
+from dqconvert.quantizers.spec import ALL, CODES, Scheme
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A job that is ready to run: everything decided, nothing computed."""
+    """A job that is ready to run: everything decided, nothing computed.
+
+    options: what the plan was made from; found: notes that the work itself adds.
+    """
 
     job: Job
     model: Model
@@ -29,28 +33,58 @@ class Prepared:
     plan: Plan
     calibration: Calibration | None
     output: Path
+    options: PlanOptions = field(default_factory=PlanOptions)
+    found: tuple[str, ...] = ()
+
+    @property
+    def rounding(self) -> str:
+        """The rounding that runs: GPTQ needs activations."""
+        rounding = self.job.rounding or self.plan.scheme.rounding
+        return "rtn" if rounding == "gptq" and self.calibration is None else rounding
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of what was decided."""
-        found = []
-        chosen = self.plan.scheme
-        if self.calibration is None and chosen.rounding == "gptq":
-            found.append(
-                "no --calib: without activations there is neither smoothing nor GPTQ; on "
-                "flux-digits that costs 5 to 6 dB of PSNR, 13 to 18 dB with outlier channels"
-            )
-        if self.calibration is None and any(
-            CODES[form.spec.code].is_float and form.spec.tile == (ALL, ALL)
-            for form in self.plan.context.layers.values()
-        ):
-            found.append(
-                "no --calib: no input_scale is written, so the runtime quantizes activations at "
-                "scale 1 and clips them at 448"
-            )
+        found = [*self.found, *_notes_without_calibration(self)]
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
+
+    def replan(self, choices: Mapping[str, str]) -> Prepared:
+        """The same job with these schemes for these canonical linears."""
+        options = replace(self.options, choices=choices)
+        name = self.job.scheme
+        identity = (self.model.name, self.plan.context.config)
+        plan = make_plan(self.source, self.plan.target, scheme(name), options, identity)
+        return replace(self, plan=plan, options=options)
+
+
+def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
+    plan = prepared.plan
+    if prepared.calibration is not None:
+        return
+    if "lowrank" in plan.scheme.steps:
+        yield (
+            "no --calib: without activations there is neither smoothing nor GPTQ; on "
+            "flux-digits that costs 5 to 6 dB of PSNR, 13 to 18 dB with outlier channels"
+        )
+    if plan.scheme.better:
+        yield (
+            f"no --calib: the layers at {plan.scheme.better} are those of the published list, "
+            "not the ones that measure as the most sensitive"
+        )
+    scaled = [
+        form
+        for form in plan.context.layers.values()
+        if CODES[form.spec.code].is_float and form.spec.tile == (ALL, ALL) and not form.input_scale
+    ]
+    if scaled and plan.target.static(plan.scheme, plan.context.layout) == "optional":
+        whole = sum(form.full_precision for form in scaled)
+        yield (
+            "no --calib: no input_scale is written, so the runtime quantizes activations at "
+            f"scale 1 and clips them at {scaled[0].spec.maximum:.0f}"
+            + (f"; {whole} layers whose inputs pass that multiply in 16 bit" if whole else "")
+        )
 
 
 def prepare(job: Job) -> Prepared:
@@ -69,13 +103,29 @@ def prepare(job: Job) -> Prepared:
             f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
         )
     source = open_canonical(raw, model.path)
-    calibration = plan_calibration(job, model, source, job.rounding or chosen.rounding)
-    options = PlanOptions(job.rank, job.keep, calibration is not None, job.smooth)
+    calibration = plan_calibration(job, model, source, _learns(job, chosen))
+    options = PlanOptions(
+        rank=job.rank,
+        keep=job.keep,
+        calibrated=calibration is not None,
+        smooth=job.smooth,
+        layout=job.layout,
+        group_size=job.group_size,
+        zero_points=job.zero_points,
+        overrides=job.overrides,
+        settings=job.settings,
+    )
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
     _check_apart(output, [*raw.files, *([job.calib] if job.calib else [])])
-    return Prepared(job, model, source, plan, calibration, output)
+    return Prepared(job, model, source, plan, calibration, output, options)
+
+
+def _learns(job: Job, chosen: Scheme) -> str:
+    """The rounding that decides whether second moments are collected: whoever needs them."""
+    needs = job.precondition != "off" or {"fold", "clip", "rotate"} & set(chosen.steps)
+    return "gptq" if needs else job.rounding or chosen.rounding
 
 
 def _check_words(job: Job) -> None:
@@ -89,6 +139,7 @@ def _check_words(job: Job) -> None:
         "--calib-samples": job.calib_samples is not None,
         "--size": job.size is not None,
         "--pipeline": job.pipeline is not None,
+        f"--precondition {job.precondition}": job.precondition != "off",
     }
     problems = [
         f"{word} needs activations: give prompts with --calib" for word in given if given[word]

@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from dqconvert.converter.verify import Verdict
 
 T = TypeVar("T")
-TITLES = {"calibrate": ("calibrating", "step"), "convert": ("converting", "B")}
+TITLES = {
+    "calibrate": ("calibrating", "step"),
+    "measure": ("measuring", "layer"),
+    "convert": ("converting", "B"),
+}
 
 
 def plan(prepared: Prepared, as_json: bool) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
+from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.form import PackedForm
-from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers import recipe, rtn
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
@@ -38,7 +38,7 @@ def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
 
 
 def stream_layer(
-    layer: LayerPlan, plan: Plan, source: CanonicalSource, bias: Tensor | None, writer: StreamWriter
+    layer: LayerPlan, plan: Plan, source: CanonicalSource, bias: Tensor | None, writer: FileSet
 ) -> LayerReport:
     """Quantize and write one layer; what its packed bytes give back is what is reported.
 
@@ -67,11 +67,12 @@ def stream_layer(
         nbytes=layer.nbytes,
         weight_error=math.sqrt(off / total if total else off),
         seconds=time.perf_counter() - start,
+        scheme=(layer.scheme or plan.scheme).name,
     )
 
 
 def _write(
-    name: str, tensor: Tensor, rows: tuple[int, int], layer: LayerPlan, writer: StreamWriter
+    name: str, tensor: Tensor, rows: tuple[int, int], layer: LayerPlan, writer: FileSet
 ) -> None:
     """Rows of a tensor into their place; what does not depend on rows, with the first block."""
     shape = layer.outputs[name].shape

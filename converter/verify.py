@@ -20,7 +20,8 @@ from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import Stats, problem_of
-from dqconvert.converter.plan import LayerPlan, Plan, PlanOptions, make_plan
+from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
 from dqconvert.converter.statistics import cache, config_of

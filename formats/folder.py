@@ -39,7 +39,8 @@ class OutputFolder:
             raise OutputError(
                 f"{self.path}: was not written by dqconvert, so --overwrite will not replace it"
             )
-        foreign = sorted({entry.name for entry in self.path.iterdir()} - self._ours())
+        found = (path for path in self.path.rglob("*") if not path.is_dir())
+        foreign = sorted({path.relative_to(self.path).as_posix() for path in found} - self._ours())
         if foreign:
             raise OutputError(
                 f"{self.path}: holds {foreign[0]}, which dqconvert did not write and --overwrite "

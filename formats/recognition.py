@@ -10,8 +10,9 @@ import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from dqconvert.formats.form import PackedForm
 from dqconvert.quantizers.schemes import schemes
-from dqconvert.quantizers.spec import QuantSpec, TensorInfo
+from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
 
 Infos = Mapping[str, TensorInfo]
 
@@ -29,6 +30,49 @@ def scheme_named(target: str, specs: Collection[QuantSpec]) -> str | None:
     (spec,) = set(specs)
     fits = (s.name for s in schemes().values() if target in s.targets and s.weight == spec)
     return next(fits, None)
+
+
+def scheme_for(target: str, forms: Collection[PackedForm]) -> str | None:
+    """The scheme of that target under which all these layers were written, None if there is none.
+
+    Where several write the same bytes (GPTQ and AWQ), the first by name.
+    """
+    names = [name for name, scheme in schemes().items() if target in scheme.targets]
+    plain = [name for name in names if not schemes()[name].better]
+    mixed = [name for name in names if schemes()[name].better]
+    found = (name for name in (*plain, *mixed) if forms and fits(target, name, forms))
+    return next(found, None)
+
+
+def fits(target: str, name: str, forms: Iterable[PackedForm]) -> bool:
+    """Whether all these layers can be of that scheme."""
+    from dqconvert.formats.targets import target as target_of
+
+    runtime, scheme = target_of(target), schemes()[name]
+    allowed = [scheme, *([schemes()[scheme.better]] if scheme.better else [])]
+    if any(runtime.accepts(one) for one in allowed):
+        return False
+    adapted = [
+        (layout, runtime.adapt(one, layout)) for one in allowed for layout in runtime.layouts(one)
+    ]
+    return all(
+        any(layout == form.layout and _is_of(form, one) for layout, one in adapted)
+        for form in forms
+    )
+
+
+def _is_of(form: PackedForm, scheme: Scheme) -> bool:
+    """Whether a layer's codes and rotation are those of a scheme, whatever its group size."""
+    if form.spec == scheme.modulation and form.splits:
+        return True
+    if bool(form.rotation) != bool(scheme.rotation):
+        return False
+    weight, spec = scheme.weight, form.spec
+    if weight == spec:
+        return True
+    grouped = scheme.activation is None and weight.code == "int4"
+    code = "uint4" if spec.zero_point else "int4"
+    return grouped and (spec.code, spec.tile[0]) == (code, 1) and spec.scale == weight.scale
 
 
 def differences(

@@ -63,7 +63,7 @@ def test_an_unknown_model_lists_the_known_ones(here: Path) -> None:
         (["m"], "'--scheme'"),
         (["m", "--scheme", "int8", "--size", "512"], "'512' is not of the form HxW"),
         (["m", "--scheme", "int8", "--smooth", "2"], "from 0 to 1"),
-        (["m", "--scheme", "int8", "--rounding", "best"], "'rtn', 'gptq'"),
+        (["m", "--scheme", "int8", "--rounding", "best"], "'rtn', 'mse', 'gptq'"),
         (["m", "--scheme", "int8", "--workers", "0"], "'--workers'"),
         (["m", "--scheme", "int8", "--what"], "--what"),
         (["list", "colours"], "schemes"),

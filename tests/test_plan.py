@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from dqconvert.converter.canonical import open_canonical
-from dqconvert.converter.plan import Plan, PlanOptions, make_plan
+from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.formats.targets import target
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.schemes import scheme

@@ -1,0 +1,122 @@
+"""What a user may change of a plan, and what of it makes no sense. Torch-free."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.formats.targets import Target
+from dqconvert.quantizers import schemes
+from dqconvert.quantizers.errors import PlanError
+from dqconvert.quantizers.spec import Scheme
+
+KEEP = "keep"
+"""In the place of a scheme: the linear stays unquantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanOptions:
+    """What a user may change of a plan.
+
+    rank: of low-rank branches, None for the scheme's; keep: regular expression over canonical
+    names of linears that stay unquantized; calibrated: whether statistics will be there;
+    smooth: as typed, refused where the scheme has no smoothing; layout: one of the target's,
+    None for its default; group_size, zero_points: of weight-only int4; choices: {canonical
+    linear: scheme, or KEEP} where some differ from the rest; overrides: (regular expression over
+    canonical linears, scheme), the first match wins; settings: what is said of the target alone.
+    """
+
+    rank: int | None = None
+    keep: str | None = None
+    calibrated: bool = False
+    smooth: str = "auto"
+    layout: str | None = None
+    group_size: int | None = None
+    zero_points: bool = False
+    choices: Mapping[str, str] = field(default_factory=dict)
+    overrides: tuple[tuple[str, str], ...] = ()
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+def customised(
+    target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
+) -> tuple[Scheme, str]:
+    """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
+    problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
+    if target.DIALECT not in source.family.dialects:
+        problems.append(f"target {target.NAME} does not run {source.family.title}")
+    if problems:
+        raise PlanError(problems)
+    weight = scheme.weight
+    if options.group_size is not None:
+        weight = replace(weight, tile=(1, options.group_size))
+    if options.zero_points:
+        weight = replace(weight, code="uint4", zero_point=True, full_range=False)
+    layout = options.layout or target.layouts(scheme)[0]
+    adapted = target.adapt(replace(scheme, weight=weight), layout)
+    if target.static(adapted, layout) == "required" and not options.calibrated:
+        raise PlanError(
+            [
+                f"target {target.NAME} needs the range of every input for {scheme.name}: its "
+                "loader fails without; give prompts with --calib"
+            ]
+        )
+    return adapted, layout
+
+
+def _target_problems(target: Target, scheme: Scheme, options: PlanOptions) -> list[str]:
+    wanted = [scheme, *(schemes.scheme(name) for _, name in options.overrides)]
+    problems = [refusal for one in wanted if (refusal := _refusal(target, one))]
+    if problems:
+        return problems
+    layouts = target.layouts(scheme)
+    if options.layout is not None and options.layout not in layouts:
+        known = ", ".join(layouts) if any(layouts) else "one only"
+        problems.append(
+            f"--layout {options.layout}: {target.NAME} has no such layout of {scheme.name}; "
+            f"there is {known}"
+        )
+    allowed: Mapping[str, tuple[str, ...]] = getattr(target, "SETTINGS", {})
+    for name, value in options.settings.items():
+        if name not in allowed:
+            problems.append(f"--{name}: means nothing to target {target.NAME}")
+        elif value not in allowed[name]:
+            problems.append(f"--{name} {value}: must be one of {', '.join(allowed[name])}")
+    return problems
+
+
+def _refusal(target: Target, scheme: Scheme) -> str | None:
+    reason = target.accepts(scheme)
+    if reason is None:
+        return None
+    others = [name for name in scheme.targets if name != target.NAME]
+    hint = f"; try --target {' or '.join(others)}" if others else ""
+    return f"target {target.NAME} cannot hold scheme {scheme.name}: {reason}{hint}"
+
+
+def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
+    problems = []
+    if options.rank is not None and "lowrank" not in scheme.steps:
+        problems.append(f"--rank: scheme {scheme.name} has no low-rank branch")
+    elif options.rank is not None and (options.rank <= 0 or options.rank % 16):
+        problems.append(f"--rank {options.rank}: must be a positive multiple of 16")
+    if options.smooth != "auto" and "smooth" not in scheme.steps:
+        problems.append(f"--smooth {options.smooth}: scheme {scheme.name} has no smoothing")
+    patterns = [("--keep", options.keep)] if options.keep is not None else []
+    for word, pattern in [*patterns, *(("--override", found) for found, _ in options.overrides)]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            problems.append(f"{word} {pattern}: not a regular expression ({error})")
+    grouped = scheme.activation is None and scheme.weight.code == "int4"
+    if options.group_size is not None and not grouped:
+        problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
+    elif options.group_size not in (None, 32, 64, 128):
+        problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
+    if options.zero_points and not grouped:
+        problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
+    if scheme.calibrated and not options.calibrated:
+        problems.append(f"scheme {scheme.name} learns from activations: give prompts with --calib")
+    return problems

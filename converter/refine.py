@@ -1,0 +1,66 @@
+"""What only statistics can decide: preconditioning, and which layers a mixed scheme spares.
+
+A conversion is planned from headers. With calibration, some choices are measured first, and the
+plan is made once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from dqconvert.converter.job import Progress
+from dqconvert.converter.layers import Stats, problem_of
+from dqconvert.converter.plan import LayerPlan, Plan
+from dqconvert.converter.prepare import Prepared
+from dqconvert.quantizers import recipe, schemes
+from dqconvert.quantizers.recipe import RecipeOptions
+from dqconvert.quantizers.spec import Scheme
+from dqconvert.quantizers.tensors import LinearProblem
+
+
+def refine(
+    prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
+) -> tuple[Prepared, Stats]:
+    """The job as its statistics want it, and the statistics of the inputs as they will be."""
+    if prepared.plan.scheme.better:
+        prepared = prepared.replan(_mix(prepared, stats, listen))
+    return prepared, stats
+
+
+def _mix(prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]) -> Mapping[str, str]:
+    """The scheme of each canonical linear: the better one where it saves most output error.
+
+    Greedy by the squared relative error saved for each weight, until the scheme's share of all
+    weights is used up.
+    """
+    plan = prepared.plan
+    base, better = plan.scheme, schemes.scheme(str(plan.scheme.better))
+    better = plan.target.adapt(better, plan.target.layouts(better)[0])
+    layers = [layer for layer in plan.layers if layer.form]
+    gains: list[tuple[float, LayerPlan]] = []
+    for done, layer in enumerate(layers, start=1):
+        problem = problem_of(layer, prepared.source, stats)
+        saved = _error(problem, layer, base, plan) - _error(problem, layer, better, plan)
+        gains.append((saved / problem.weight.numel(), layer))
+        listen(Progress("measure", done, len(layers)))
+    left = base.share * sum(_weights(layer) for layer in layers)
+    choices = dict.fromkeys((module for layer in layers for module in layer.modules), base.name)
+    for _, layer in sorted(gains, key=lambda pair: -pair[0]):
+        if _weights(layer) <= left:
+            left -= _weights(layer)
+            choices |= dict.fromkeys(layer.modules, better.name)
+    return choices
+
+
+def _error(problem: LinearProblem, layer: LayerPlan, scheme: Scheme, plan: Plan) -> float:
+    """Squared relative output error of one layer under a scheme, rounded to nearest."""
+    assert layer.form is not None
+    form = replace(layer.form, spec=scheme.weight)
+    scheme = replace(scheme, activation=plan.target.activation(form, scheme))
+    (q,) = recipe.quantize_group([problem], scheme, RecipeOptions(rounding="rtn"))
+    return recipe.output_error(q, problem, scheme.activation) ** 2
+
+
+def _weights(layer: LayerPlan) -> int:
+    return layer.form.shape[0] * layer.form.shape[1] if layer.form else 0
