@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Fold, Infos, Linear, depth
 from dqconvert.quantizers.errors import SourceError
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
@@ -42,6 +42,25 @@ _LINEARS = (
         )
     ),
     Linear(f"{_SINGLE}.proj_out", "mlp", "out", gelu="hidden"),
+)
+
+_FOLDS = (
+    Fold(tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), f"{_DOUBLE}.norm1.linear"),
+    Fold(
+        tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"),
+        f"{_DOUBLE}.norm1_context.linear",
+    ),
+    Fold((f"{_DOUBLE}.ff.net.0.proj",), f"{_DOUBLE}.norm1.linear", 3, 4),
+    Fold((f"{_DOUBLE}.ff_context.net.0.proj",), f"{_DOUBLE}.norm1_context.linear", 3, 4),
+    Fold(
+        (f"{_DOUBLE}.attn.to_out.0", f"{_DOUBLE}.attn.to_add_out"),
+        values=(f"{_DOUBLE}.attn.to_v", f"{_DOUBLE}.attn.add_v_proj"),
+    ),
+    Fold(
+        (*(f"{_SINGLE}.attn.to_{x}" for x in "qkv"), f"{_SINGLE}.proj_mlp"),
+        f"{_SINGLE}.norm.linear",
+    ),
+    Fold((f"{_SINGLE}.proj_out",), values=(f"{_SINGLE}.attn.to_v",), columns=(0, "hidden")),
 )
 
 
@@ -233,4 +252,5 @@ FAMILY = Family(
     dialects={"diffusers": (), "original": _ORIGINAL, "nunchaku": _NUNCHAKU},
     config_of=_config_of,
     facts=_facts,
+    folds=_FOLDS,
 )
