@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dqconvert.converter.canonical import DIALECTS
+from dqconvert.converter.families import sources
 from dqconvert.converter.resolve import read_json
 from dqconvert.quantizers.errors import SourceError
+from dqconvert.quantizers.schemes import schemes
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +21,8 @@ class Manifest:
     """What a manifest says that is needed again.
 
     dialect: the naming of the source; calibration: the key of its statistics; errors: weight
-    errors by layer; files: SHA-256 by file name.
+    errors by layer; schemes: by layer; settings: what was said of the target alone; files: SHA-256
+    by file name.
     """
 
     scheme: str | None = None
@@ -28,6 +30,8 @@ class Manifest:
     keep: str | None = None
     calibration: str | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
+    schemes: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -41,16 +45,20 @@ def read_manifest(path: Path) -> Manifest:
         errors = {
             _of(row, "name", str): _of(row, "weight_error", int | float | None) for row in rows
         }
-        files = _part(said, "files")
+        own = {_of(row, "name", str): _of(row, "scheme", str | None, None) for row in rows}
+        files, options = _part(said, "files"), _part(said, "options")
+        settings = _fields(options.get("settings", {}), "options.settings")
         dialect = _of(_part(said, "source"), "dialect", str, "diffusers")
-        if dialect not in DIALECTS:
-            raise _Wrong(f"source.dialect is {dialect[:40]!r}; known: {', '.join(DIALECTS)}")
+        if dialect not in sources():
+            raise _Wrong(f"source.dialect is {dialect[:40]!r}; known: {', '.join(sources())}")
         return Manifest(
             scheme=_of(said, "scheme", str | None, None),
             dialect=dialect,
-            keep=_of(_part(said, "options"), "keep", str | None, None),
+            keep=_of(options, "keep", str | None, None),
             calibration=_of(_part(said, "calibration"), "key", str | None, None),
             errors={name: error for name, error in errors.items() if error is not None},
+            schemes={name: scheme for name, scheme in own.items() if scheme in schemes()},
+            settings={name: _of(settings, name, str) for name in settings},
             files={name: _of(_fields(files[name], name), "sha256", str) for name in files},
         )
     except _Wrong as error:

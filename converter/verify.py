@@ -20,7 +20,7 @@ from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import Stats, problem_of
-from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.options import KEEP, PlanOptions
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
@@ -32,14 +32,14 @@ from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DQConvertError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.lowrank import product
-from dqconvert.quantizers.schemes import scheme
+from dqconvert.quantizers.schemes import scheme, schemes
 from dqconvert.quantizers.spec import CODES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
 
-LIMITS = {4: 0.6, 8: 0.15}
+LIMITS = {4: 0.6, 6: 0.3, 8: 0.15}
 """Weight errors, by bits, that no honest quantization reaches but a wrong layout does."""
 
-SLACK = {4: 0.04, 8: 0.02}
+SLACK = {4: 0.04, 6: 0.03, 8: 0.02}
 """How far from 1, by bits, the size of an honest layer's quantized weights may be.
 
 Layers of flux-digits, of every scheme, with and without calibration, are off by 0.007 and 0.002
@@ -65,7 +65,7 @@ def verify(out: Path, against: str | None = None) -> Verdict:
     problems += [f"{name}: missing from the file" for name in found.missing()]
     problems += [f"{name}: unexpected" for name in found.unexpected()]
     reports: list[LayerReport] = []
-    name = found.recognized.scheme or found.manifest.scheme
+    name = _scheme_of(found)
     reference = _Reference(found, name, against) if against and name else None
     if against and not name:
         problems.append(f"{found.path.name}: not compared, since its scheme cannot be told")
@@ -81,10 +81,17 @@ def verify(out: Path, against: str | None = None) -> Verdict:
             problems.append(f"{name}: holds NaN or infinity")
         elif reference:
             problems += reference.kept(name, tensor)
-    title = f"{found.family.title}, {found.recognized.scheme} for {found.target.NAME}"
-    return Verdict(
-        title, found.target.NAME, found.recognized.scheme, tuple(reports), tuple(problems)
-    )
+    title = f"{found.family.title}, {name} for {found.target.NAME}"
+    return Verdict(title, found.target.NAME, name, tuple(reports), tuple(problems))
+
+
+def _scheme_of(found: Reopened) -> str | None:
+    """The scheme that the manifest names if the layers can be of it, else what they look like."""
+    said = found.manifest.scheme
+    forms = found.recognized.forms.values()
+    fitting = said in schemes() and recognition.fits(found.target.NAME, str(said), forms)
+    mixed = found.recognized.scheme is None and said in schemes()
+    return said if fitting or mixed else found.recognized.scheme
 
 
 def _check(
@@ -115,17 +122,10 @@ class _Reference:
         self._found = found
         model = resolve(model_name)
         self.source: CanonicalSource = open_canonical(open_source(model.path), model.path)
-        options = PlanOptions(
-            rank=found.recognized.rank or None,
-            keep=found.manifest.keep,
-            calibrated=any(form.input_scale for form in found.recognized.forms.values()),
-        )
+        identity = (model.name, config_of(model, self.source))
+        options = _options(found, scheme_name)
         self.plan: Plan = make_plan(
-            self.source,
-            found.target,
-            scheme(scheme_name),
-            options,
-            (model.name, config_of(model, self.source)),
+            self.source, found.target, scheme(scheme_name), options, identity
         )
         self._layers: Mapping[str, LayerPlan] = {
             layer.name: layer for layer in self.plan.layers if layer.form
@@ -180,7 +180,8 @@ class _Reference:
         problems += _bias(q, problem, layer.form)
         output = None
         if problem.stats is not None:
-            activation = self.plan.target.activation(layer.form, self.plan.scheme)
+            chosen = planned.scheme or self.plan.scheme
+            activation = self.plan.target.activation(layer.form, chosen)
             output = recipe.output_error(q, problem, activation)
         return replace(report, weight_error=error, output_error=output), problems
 
@@ -190,6 +191,33 @@ class _Reference:
             return [f"{name}: the model has no such tensor"]
         original = self.source.read(name).to(tensor.dtype)
         return [] if torch.equal(original, tensor) else [f"{name}: differs from the model's"]
+
+
+def _options(found: Reopened, name: str) -> PlanOptions:
+    """The options that a file of that scheme was written with, as its manifest and layers say."""
+    forms = list(found.recognized.forms.values())
+    target, main = found.target.NAME, scheme(name)
+    choices: dict[str, str] = {}
+    for layer in found.layers:
+        own = found.manifest.schemes.get(layer.name) or name
+        if main.better or not recognition.fits(target, own, [layer.form]):
+            own = recognition.scheme_for(target, [layer.form]) or own
+        if own != name:
+            choices |= dict.fromkeys(layer.modules, own)
+    if found.manifest.scheme is None:
+        choices |= dict.fromkeys(found.unpacked(), KEEP)
+    grouped = [form for form in forms if main.activation is None and form.spec.tile[0] == 1]
+    group = grouped[0].spec.tile[1] if grouped else None
+    return PlanOptions(
+        rank=found.recognized.rank or None,
+        keep=found.manifest.keep,
+        calibrated=main.calibrated or any(form.input_scale for form in forms),
+        layout=forms[0].layout if forms else None,
+        group_size=None if group == main.weight.tile[1] else group,
+        zero_points=any(form.spec.zero_point for form in forms),
+        choices=choices,
+        settings=found.manifest.settings,
+    )
 
 
 def _plain(found: Reopened, layer: PackedLayer) -> LayerReport:
@@ -267,7 +295,7 @@ def _bias(q: QuantizedTensor, problem: LinearProblem, form: PackedForm) -> Itera
 def _hashes(found: Reopened) -> Iterator[str]:
     """Files that are not as the manifest says."""
     for name, digest in found.manifest.files.items():
-        path = found.path.parent / name
+        path = found.root / name
         if not path.is_file():
             yield f"{name}: the manifest names it, but it is not there"
             continue

@@ -19,13 +19,29 @@ from dqconvert.converter.cli import main
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Entry, Family, fill, leaves
 from dqconvert.formats import header
+from dqconvert.formats.targets import targets
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.spec import TensorInfo
 from dqconvert.quantizers.tensors import DTYPE_NAMES
 
 HERE = Path(__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-PAIRS = [(s.name, name) for s in schemes().values() for name in s.targets]
+def pairs(calibrated: bool) -> list[tuple[str, str]]:
+    """(scheme, target) of all that FLUX can be converted to, with prompts or without."""
+    found = []
+    for scheme in schemes().values():
+        for name in scheme.targets:
+            runtime = targets().get(name)
+            if runtime is None or runtime.accepts(scheme):
+                continue
+            required = runtime.static(scheme, runtime.layouts(scheme)[0]) == "required"
+            if calibrated or not (required or scheme.calibrated):
+                found.append((scheme.name, name))
+    dialects = families()["flux"].dialects
+    return [pair for pair in found if targets()[pair[1]].DIALECT in dialects]
+
+
+PAIRS, CALIBRATED = pairs(calibrated=False), pairs(calibrated=True)
 """Every scheme with every target that takes it."""
 
 
@@ -75,6 +91,7 @@ SCHNELL = {"guidance_embeds": False}
 SMALL = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2}
 NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
 FILL = SMALL | {"in_channels": 384, "out_channels": 64}
+MODELS: dict[str, tuple[dict[str, Any], ...]] = runpy.run_path(str(HERE / "configs.py"))["CONFIGS"]
 CONFIGS = {
     "flux": (
         flux_config(**SMALL),
@@ -85,17 +102,29 @@ CONFIGS = {
         flux_config(),
         flux_config(**SCHNELL),
     ),
+    **MODELS,
 }
 """Configs to try for each family; the last ones are real models."""
 
 
 def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The tensors of diffusers' own model, without their bytes."""
-    from diffusers import FluxTransformer2DModel
-
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**config)
+        model = build_model(config)
     return {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+
+
+def small(config: Mapping[str, Any]) -> bool:
+    """Whether a config is none of a real model."""
+    return min(config[key] for key in ("num_layers", "n_layers") if key in config) < 19
+
+
+def build_model(config: Mapping[str, Any]) -> Any:
+    """diffusers' own model; FLUX where the config names none."""
+    import diffusers
+
+    said = {"_class_name": "FluxTransformer2DModel", **config}
+    return getattr(diffusers, said.pop("_class_name"))(**said)
 
 
 def filled(meta: Mapping[str, Tensor], columns: int | None = None) -> dict[str, Tensor]:

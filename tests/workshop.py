@@ -36,7 +36,7 @@ class Workshop:
         return dict(load_file(self.file(self.outputs[pair])))
 
     def file(self, out: Path) -> Path:
-        (found,) = out.glob("*.safetensors")
+        (found,) = out.rglob("*.safetensors")
         return found
 
     def damaged(
