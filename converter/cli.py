@@ -121,6 +121,7 @@ def main() -> None:
 @click.argument("model")
 @click.option("--scheme", required=True, metavar="NAME", help="See `dqconvert list schemes`.")
 @click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
+@click.option("--component", default="transformer", metavar="NAME", help="Part of the pipeline.")
 @click.option("--calib", type=PATH, metavar="FILE", help="Prompts, .txt or .jsonl.")
 @click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N", help="Use N prompts.")

@@ -15,6 +15,7 @@ class Job:
     model: str
     scheme: str
     target: str | None = None
+    component: str = "transformer"
     calib: Path | None = None
     calib_steps: int | None = None
     calib_samples: int | None = None

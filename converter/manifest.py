@@ -60,6 +60,7 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
         "dqconvert": version("dqconvert"),
         "source": {
             "model": job.model,
+            "component": job.component,
             "origin": prepared.model.origin,
             "family": source.family.name,
             "dialect": source.dialect,

@@ -20,13 +20,14 @@ from dqconvert.quantizers.schemes import schemes
 class Manifest:
     """What a manifest says that is needed again.
 
-    dialect: the naming of the source; calibration: the key of its statistics; errors: weight
-    errors by layer; schemes: by layer; settings: what was said of the target alone; files: SHA-256
-    by file name.
+    dialect: the naming of the source; component: what it is of the pipeline; calibration: the key
+    of its statistics; errors: weight errors by layer; schemes: by layer; settings: what was said
+    of the target alone; files: SHA-256 by file name.
     """
 
     scheme: str | None = None
     dialect: str = "diffusers"
+    component: str = "transformer"
     keep: str | None = None
     calibration: str | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -54,6 +55,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest(
             scheme=_of(said, "scheme", str | None, None),
             dialect=dialect,
+            component=_of(_part(said, "source"), "component", str, "transformer"),
             keep=_of(options, "keep", str | None, None),
             calibration=_of(_part(said, "calibration"), "key", str | None, None),
             errors={name: error for name, error in errors.items() if error is not None},

@@ -10,7 +10,7 @@ from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
-from dqconvert.converter.resolve import Model, resolve
+from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
@@ -95,7 +95,7 @@ def prepare(job: Job) -> Prepared:
     chosen = scheme(job.scheme)
     _check_words(job)
     goal = target(job.target or chosen.targets[0])
-    model = resolve(job.model, whole=job.calib is not None)
+    model = resolve(job.model, whole=job.calib is not None, component=job.component)
     raw = open_source(model.path)
     already = recognize(raw.infos, raw.metadata, model.config or {})
     if already:
@@ -131,6 +131,8 @@ def _learns(job: Job, chosen: Scheme) -> str:
 def _check_words(job: Job) -> None:
     """Options that only mean something with prompts are refused without them."""
     if job.calib is not None:
+        if job.component != TRANSFORMER:
+            raise PlanError([f"--calib: observes the transformer, not --component {job.component}"])
         return
     given = {
         "--rounding gptq": job.rounding == "gptq",

@@ -18,7 +18,7 @@ from dqconvert.quantizers.errors import DQConvertError, SourceError, UnknownName
 
 DATA = Path(__file__).parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_TRANSFORMER = ("model_index.json", "transformer/*.json", "transformer/*.safetensors")
+TRANSFORMER = "transformer"
 _PIPELINE = (
     "scheduler/*",
     "vae/*.json",
@@ -52,26 +52,27 @@ def embedded() -> dict[str, Path]:
     return {path.parent.name: path.parent for path in sorted(DATA.glob("*/model_index.json"))}
 
 
-def resolve(name: str, whole: bool = False) -> Model:
+def resolve(name: str, whole: bool = False, component: str = TRANSFORMER) -> Model:
     """The model that a word on the command line means.
 
-    whole: calibration follows, so the text encoders are needed too. Raises SourceError, or
-    UnknownName with near names.
+    whole: calibration follows, so the text encoders are needed too; component: the folder of a
+    pipeline that is meant. Raises SourceError, or UnknownName with near names.
     """
     inside = embedded()
     if name in inside:
-        return _local(inside[name], name, license="apache-2.0")
+        return _local(inside[name], name, component, license="apache-2.0")
     if name in aliases():
         license_name = next(
             (f.licenses[name] for f in families().values() if name in f.licenses), None
         )
-        folder = _snapshot(aliases()[name], whole)
-        return _local(folder, name, origin=aliases()[name], license=license_name)
+        hub = aliases()[name]
+        return _local(_snapshot(hub, whole, component), name, component, hub, license_name)
     path = _path(name)
     if path.exists():
-        return _local(path, _short(path))
+        return _local(path, _short(path), component)
     if _HUB_ID.fullmatch(name) and not path.parent.exists():
-        return _local(_snapshot(name, whole), name.split("/")[1].lower(), origin=name)
+        folder = _snapshot(name, whole, component)
+        return _local(folder, name.split("/")[1].lower(), component, origin=name)
     known = [*inside, *aliases()]
     if "/" in name or path.suffix or not difflib.get_close_matches(name, known, cutoff=0.5):
         raise SourceError(
@@ -93,17 +94,26 @@ def _path(name: str) -> Path:
     return path
 
 
-def _local(path: Path, name: str, origin: str | None = None, license: str | None = None) -> Model:
-    """A pipeline folder, a transformer folder, or a file."""
+def _local(
+    path: Path,
+    name: str,
+    component: str,
+    origin: str | None = None,
+    license: str | None = None,
+) -> Model:
+    """A pipeline folder, the folder of its transformer, or a file."""
     weights: Path = path
     pipeline: Path | None = None
     if (path / "model_index.json").exists():
-        weights, pipeline = path / "transformer", path
+        weights, pipeline = path / component, path
         if not weights.is_dir():
-            raise SourceError(f"{path}: the pipeline has no folder called transformer")
+            raise SourceError(f"{path}: the pipeline has no folder called {component}")
+    elif component != TRANSFORMER:
+        raise SourceError(f"{path}: --component {component} needs a pipeline folder or a Hub id")
     elif path.is_dir() and (path.absolute().parent / "model_index.json").exists():
         pipeline = path.absolute().parent
     folder = weights if weights.is_dir() else weights.parent
+    name = name if component == TRANSFORMER else f"{name}-{component}"
     return Model(name, weights, pipeline, _config(folder), origin, license)
 
 
@@ -124,12 +134,13 @@ def _short(path: Path) -> str:
     return re.sub(r"-\d{5}-of-\d{5}$|\.safetensors\.index$", "", stem).lower()
 
 
-def _snapshot(repo: str, whole: bool) -> Path:
+def _snapshot(repo: str, whole: bool, component: str) -> Path:
     """The local snapshot of a Hub repository; SourceError that says why there is none."""
     import huggingface_hub
     from huggingface_hub import errors as hub
 
-    patterns = [*_TRANSFORMER, *(_PIPELINE if whole else ())]
+    weights = (f"{component}/*.json", f"{component}/*.safetensors")
+    patterns = ["model_index.json", *weights, *(_PIPELINE if whole else ())]
     page = f"https://huggingface.co/{repo}"
     try:
         return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
