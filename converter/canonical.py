@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Infos = Mapping[str, TensorInfo]
 
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap."""
@@ -95,7 +96,8 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
     """
     for family in families().values():
         for prefix in (*family.prefixes, ""):
-            names = [n for n in source.infos if n.startswith(prefix)]
+            unread = tuple(prefix + name for name in family.unread)
+            names = [n for n in source.infos if n.startswith(prefix) and not n.startswith(unread)]
             for dialect in family.sources:
                 origins = _origins(source.infos, names, prefix, family, dialect)
                 if all(name in origins for name in family.signature):

@@ -81,12 +81,13 @@ class Family:
     module lists of transformer blocks. optional: modules that some variants lack. prefixes: what
     all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
     that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the
-    first lists every tensor, an empty one is the identity. unread: tensors of such checkpoints
-    that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
+    first lists every tensor, an empty one is the identity. unread: beginnings of names in such
+    checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target:
     {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of this
-    family differs from the target's ROLES; the nearest word counts. sensitive: linears that mixed schemes keep at the better format without calibration.
-    folds: where the model itself can hold a smooth vector and a center.
+    family differs from the target's ROLES; the nearest word counts. sensitive: linears that mixed
+    schemes keep at the better format without calibration. folds: where the model itself can hold
+    a smooth vector and a center.
     """
 
     name: str

@@ -162,9 +162,11 @@ class _Planner:
         if any(row is None for row in rows):
             return self._kept(entry, index, "not a linear of a block")
         linears = [row for row in rows if row is not None]
-        treatment = self.roles.get(linears[0][0].role)
+        first = linears[0][0]
+        words = (modules[0], first.name, first.role)
+        treatment = next((self.roles[word] for word in words if word in self.roles), None)
         if treatment is None:
-            return self._kept(entry, index, f"{self.target.NAME} keeps {linears[0][0].role}")
+            return self._kept(entry, index, f"{self.target.NAME} keeps {first.role}")
         if any(self.options.choices.get(module) == KEEP for module in modules):
             return self._kept(entry, index, "kept")
         if self.options.keep and any(re.search(self.options.keep, name) for name in modules):

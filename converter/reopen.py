@@ -73,7 +73,7 @@ class Reopened:
     @cached_property
     def kept(self) -> Mapping[str, tuple[str, Entry]]:
         """Unquantized canonical tensors: the name in the file and the row of the table."""
-        packed = {layer.name for layer in self.layers}
+        packed = self.recognized.forms.keys()
         table = self.family.dialects[self.target.DIALECT]
         found: dict[str, tuple[str, Entry]] = {}
         for name in self.source.infos:
@@ -104,6 +104,16 @@ class Reopened:
                 if layer.form.bias:
                     found.add(f"{module}.bias")
         return found
+
+    def likeness(self) -> float:
+        """The share of the family's signature that the file holds."""
+        table = self.family.dialects[self.target.DIALECT]
+        rows = [_row(table, name) for name in self.recognized.forms]
+        packed = {
+            fill(ours, index).replace("*", "weight") for entry, index in rows for ours in entry.ours
+        }
+        signature = self.family.signature
+        return sum(name in packed or name in self.kept for name in signature) / len(signature)
 
     def missing(self) -> list[str]:
         """Canonical tensors that a model of this depth must have, and the file has not."""
@@ -165,10 +175,14 @@ def reopen(path: Path) -> Reopened:
     if known is None:
         raise SourceError(f"{path}: not a quantized checkpoint that is known")
     target, recognized = known
-    for family in families().values():
-        found = Reopened(source, target, recognized, family, config)
-        if family.hidden in found.kept and found.layers:
-            return found
+    known_families = [
+        Reopened(source, target, recognized, family, config)
+        for family in families().values()
+        if target.DIALECT in family.dialects
+    ]
+    best = max(known_families, key=Reopened.likeness)
+    if best.family.hidden in best.kept and best.layers:
+        return best
     raise SourceError(f"{path}: a {target.NAME} file of no known family")
 
 

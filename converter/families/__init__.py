@@ -36,3 +36,9 @@ def family(name: str) -> Family:
 def aliases() -> Mapping[str, str]:
     """Short model names of all families, each with its Hub id."""
     return MappingProxyType({k: v for one in families().values() for k, v in one.aliases.items()})
+
+
+@cache
+def sources() -> tuple[str, ...]:
+    """The dialects that checkpoints come in; others are written by targets only."""
+    return tuple(dict.fromkeys(name for one in families().values() for name in one.sources))
