@@ -103,13 +103,13 @@ def result_of(form: PackedForm, spec_smooth: bool) -> QuantizedTensor:
     def values(*shape: int, dtype: str = "BF16") -> Tensor:
         return torch.randn(shape, generator=rng).abs().add(0.01).to(TORCH_DTYPES[dtype])
 
-    grid = spec.grid(form.shape)
+    branch, grid = form.rank > 0, spec.grid(form.shape)
     second = None
     if spec.tensor_scale is not None:
-        each = values(form.parts, dtype=spec.tensor_scale)
-        second = each if form.parts == 1 else each.repeat_interleave(n // form.parts)
+        apart = form.parts if branch else 1  # without a branch, stacked linears share one scale
+        each = values(apart, dtype=spec.tensor_scale)
+        second = each if apart == 1 else each.repeat_interleave(n // apart)
         second = values(n, dtype=spec.tensor_scale) if spec.code == "lut4" else second
-    branch = form.rank > 0
     zero = torch.randint(0, 16, grid, generator=rng).float() if spec.zero_point else None
     return QuantizedTensor(
         spec=spec,

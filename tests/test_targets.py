@@ -15,7 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.targets import Target, target, targets
@@ -42,13 +41,12 @@ def test_packing_loses_nothing(runtime: Target, scheme: Scheme, form: PackedForm
     back = runtime.unpack(form, runtime.pack(form, q))
     assert (back.spec, back.shift) == (q.spec, q.shift)
     assert back.rotation == q.rotation
-    for field in ("codes", "scale", "tensor_scale", "zero", "codebook", "input_scale"):
+    for field in ("codes", "scale", "zero", "codebook"):
         assert same(getattr(back, field), getattr(q, field)), field
-    if form.smooth and back.smooth is not None and q.smooth is not None:
-        # some runtimes multiply by its inverse
-        torch.testing.assert_close(back.smooth.float(), q.smooth.float(), rtol=1e-6, atol=0)
-    else:
-        assert same(back.smooth, q.smooth)
+    for field, loss in (("tensor_scale", 1e-6), ("input_scale", 1e-6), ("smooth", 2**-8)):
+        # some runtimes have the inverse, and that of a smooth vector in 16 bit
+        one, two = getattr(back, field), getattr(q, field)
+        assert one is two or bool(((one.float() / two.float() - 1).abs() <= loss).all()), field
     assert (back.lowrank is None) == (q.lowrank is None)
     if q.lowrank is not None and back.lowrank is not None:
         assert same(back.lowrank.down, q.lowrank.down)
