@@ -30,14 +30,20 @@ Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """What all groups of a conversion share."""
+class Recipe:
+    """What quantizes all groups of a plan."""
 
     plan: Plan
     source: CanonicalSource
     stats: Stats
     options: RecipeOptions
-    writer: FileSet
+
+
+@dataclass(frozen=True, slots=True)
+class Work(Recipe):
+    """The same, and the files that they go to."""
+
+    files: FileSet
 
 
 def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
@@ -47,14 +53,12 @@ def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
     """
     if group[0].form is None:
         for name, tensor in _kept(group[0], work.source).items():
-            work.writer.write(name, tensor)
+            work.files.write(name, tensor)
         return []
     try:
         if all(streams(layer, work.plan, bool(work.stats)) for layer in group):
             return [
-                stream_layer(
-                    layer, work.plan, work.source, _biases(layer, work.source), work.writer
-                )
+                stream_layer(layer, work.plan, work.source, _biases(layer, work.source), work.files)
                 for layer in group
             ]
         return _together(group, work)
@@ -66,21 +70,28 @@ def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
 def _together(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
     """Layers that share a smooth vector: all in memory at once."""
     start = time.perf_counter()
-    target = work.plan.target
+    reports = []
+    for layer, problem, q in quantized_group(group, work):
+        assert layer.form is not None
+        packed = work.plan.target.pack(layer.form, q)
+        for suffix, tensor in packed.items():
+            work.files.write(f"{layer.name}.{suffix}", tensor)
+        # What the bytes give back is what was lost, whatever was meant to be packed.
+        again = work.plan.target.unpack(layer.form, packed)
+        reports.append(_report(layer, problem, again, work.plan))
+    seconds = time.perf_counter() - start
+    return [replace(report, seconds=seconds) for report in reports]
+
+
+def quantized_group(
+    group: Sequence[LayerPlan], work: Recipe
+) -> list[tuple[LayerPlan, LinearProblem, QuantizedTensor]]:
+    """Layers that share a smooth vector, quantized: each with its problem and its result."""
     # Layers of one site share its statistics, which are read from the file at each look-up.
     stats = {site: work.stats[site] for site in {layer.site for layer in group} & work.stats.keys()}
     problems = [problem_of(layer, work.source, stats) for layer in group]
     results = _quantize(group, problems, work.plan, work.options)
-    reports = []
-    for layer, problem, q in zip(group, problems, results, strict=True):
-        assert layer.form is not None
-        packed = target.pack(layer.form, q)
-        for suffix, tensor in packed.items():
-            work.writer.write(f"{layer.name}.{suffix}", tensor)
-        # What the bytes give back is what was lost, whatever was meant to be packed.
-        reports.append(_report(layer, problem, target.unpack(layer.form, packed), work.plan))
-    seconds = time.perf_counter() - start
-    return [replace(report, seconds=seconds) for report in reports]
+    return list(zip(group, problems, results, strict=True))
 
 
 def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> LinearProblem:

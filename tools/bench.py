@@ -1,6 +1,6 @@
 """How fast, and in how much memory: conversions of a synthetic FLUX.1 of true widths, beside `cp`.
 
-    python tools/bench.py [--blocks 2x4] [--runs 3] [--schemes int8,fp8-tensor,svdquant-w4a4]
+    python tools/bench.py [--blocks 2x4] [--runs 3] [--schemes int8,fp8@vllm,svdquant-w4a4]
 
 Every command is a process of its own, from start to exit, with the page cache warm. Commands take
 turns, and ratios are taken within a turn, so that a machine whose speed drifts is no harm.
@@ -26,6 +26,10 @@ import click
 from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers.spec import TensorInfo
 
+SCHEMES = (
+    "int8,fp8@vllm,fp8-tensor,fp8-block128@sglang,mxfp8,nvfp4,convrot-int8,convrot-w4a4,"
+    "convrot-w4a8,svdquant-w4a4"
+)
 FLUX_DEV = (19, 38)
 """Double and single blocks of FLUX.1-dev."""
 
@@ -107,7 +111,7 @@ def _report(name: str, found: dict[str, list[Run]], size: int) -> None:
     """One row: seconds, throughput, speed beside cp with and without the start of the process."""
     runs, copies, starts = found[name], found["cp"], found["start-up"]
     wall = statistics.median(run.wall for run in runs)
-    cells = f"{name:16}{wall:9.2f}{statistics.median(r.cpu for r in runs):9.2f}"
+    cells = f"{name:22}{wall:9.2f}{statistics.median(r.cpu for r in runs):9.2f}"
     if name != "start-up":
         ratio = statistics.median(c.wall / r.wall for c, r in zip(copies, runs, strict=False))
         cells += f"{size / wall / 1e9:9.2f}{ratio:9.2f}"
@@ -117,13 +121,13 @@ def _report(name: str, found: dict[str, list[Run]], size: int) -> None:
             for c, r, s in zip(copies, runs, starts, strict=False)
         )
         cells += f"{warm:12.2f}"
-    click.echo(f"{cells:66}{max(r.memory for r in runs) / 2**30:6.2f}")
+    click.echo(f"{cells:72}{max(r.memory for r in runs) / 2**30:6.2f}")
 
 
 @click.command()
 @click.option("--blocks", default="2x4", show_default=True, help="Double x single blocks.")
 @click.option("--runs", default=3, show_default=True)
-@click.option("--schemes", default="int8,fp8-tensor,svdquant-w4a4", show_default=True)
+@click.option("--schemes", default=SCHEMES, show_default=True, metavar="SCHEME[@TARGET],...")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"))
 def main(blocks: str, runs: int, schemes: str, folder: Path) -> None:
     """Measure conversions of a synthetic FLUX.1 beside `cp` of the same file."""
@@ -146,8 +150,10 @@ def main(blocks: str, runs: int, schemes: str, folder: Path) -> None:
         "cp and sync": ["sh", "-c", f"cp '{source}' '{copy}' && sync '{copy}'"],
         "start-up": [*small, "-o", str(folder / "start-up")],
     }
-    for scheme in schemes.split(","):
-        commands[scheme] = [*convert, "--scheme", scheme, "-o", str(folder / scheme)]
+    for name in schemes.split(","):
+        scheme, _, target = name.partition("@")
+        words = ["--scheme", scheme, *(["--target", target] if target else [])]
+        commands[name] = [*convert, *words, "-o", str(folder / name)]
     measure(commands["cp"])
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for turn in range(runs):
@@ -158,7 +164,7 @@ def main(blocks: str, runs: int, schemes: str, folder: Path) -> None:
                 found[name].append(measure(command))
     copy.unlink(missing_ok=True)
     click.echo(f"{size / 1e9:.2f} GB, {double} double and {single} single blocks\n")
-    click.echo("                  wall s    CPU s     GB/s    x cp  x cp, warm  peak GiB")
+    click.echo("                        wall s    CPU s     GB/s    x cp  x cp, warm  peak GiB")
     for name in found:
         _report(name, found, size)
     for name in found:

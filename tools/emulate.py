@@ -7,13 +7,14 @@ accumulators is not imitated. A check of quality, not of speed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dqconvert.converter.reopen import PackedLayer, Reopened
+from dqconvert.formats.recognition import scheme_for
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers.forward import apply, take_rows
 from dqconvert.quantizers.schemes import scheme
@@ -47,13 +48,12 @@ class PackedLinear(nn.Module):
 
 def install(
     transformer: nn.Module,
-    layers: Iterable[tuple[PackedLayer, QuantizedTensor]],
+    layers: Iterable[tuple[PackedLayer, QuantizedTensor, Scheme]],
     target: Target,
-    chosen: Scheme,
 ) -> None:
     """Replace linears of a diffusers transformer by packed layers of a target's file."""
     pieces: dict[str, list[Piece]] = {}
-    for layer, q in layers:
+    for layer, q, chosen in layers:
         activation = target.activation(layer.form, chosen)
         start = 0
         for module in layer.modules:
@@ -73,12 +73,19 @@ def install(
 
 def install_file(transformer: nn.Module, found: Reopened) -> None:
     """Replace linears by the layers of a reopened file, and check that the rest is its too."""
-    assert found.recognized.scheme is not None
-    layers = ((layer, found.unpack(layer)) for layer in found.layers)
-    install(transformer, layers, found.target, scheme(found.recognized.scheme))
+    install(transformer, _layers(found), found.target)
     state = transformer.state_dict()
     for name in found.kept:
         state[name].copy_(found.read_kept(name))
+
+
+def _layers(found: Reopened) -> Iterator[tuple[PackedLayer, QuantizedTensor, Scheme]]:
+    """Every layer with its scheme as the runtime has it."""
+    target = found.target
+    for layer in found.layers:
+        name = found.manifest.schemes.get(layer.name) or scheme_for(target.NAME, [layer.form])
+        assert name is not None
+        yield layer, found.unpack(layer), target.adapt(scheme(name), layer.form.layout)
 
 
 def _columns(layer: PackedLayer, width: int) -> tuple[int, int]:

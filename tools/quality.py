@@ -5,19 +5,21 @@
 Every recipe goes through the plan, the packer and the unpacker of its target, and the unpacked
 bytes run in the real pipeline (emulate.py). The same prompts and seeds for all; none of them
 calibrated. Recipes that no runtime has a file for (no low-rank branch, or rank 4) travel in the
-SVDQuant layout with a branch of zeros.
+SVDQuant layout with a branch of zeros; mxfp6, whose one runtime does not run FLUX.1, goes unpacked.
 
-PSNR is the mean over images; velocity SQNR compares the transformer's predictions along the
-reference trajectory, so errors do not add up over steps: the quieter of the two figures.
+Weight and output SQNR are means over the layers, in dB, of the last model in the row. PSNR is the
+mean over images; velocity SQNR compares the transformer's predictions along the reference
+trajectory, so errors do not add up over steps: the quieter of the two figures.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,58 +29,25 @@ import torch
 from digits import judge
 from digits.folder import write_untouched
 from digits.words import judging_prompts
+from recipes import RECIPES, Row
 from torch import Tensor
 from torch.nn.functional import pad
 
 from dqconvert.calibration.quiet import quiet
+from dqconvert.converter import layers
 from dqconvert.converter.job import Job
-from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan
 from dqconvert.converter.prepare import Prepared, prepare
+from dqconvert.converter.refine import refine
 from dqconvert.converter.reopen import PackedLayer
 from dqconvert.converter.resolve import embedded
 from dqconvert.converter.statistics import statistics
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.spec import Scheme
-from dqconvert.quantizers.tensors import LinearProblem, LowRank, QuantizedTensor
+from dqconvert.quantizers.tensors import LowRank, QuantizedTensor
 
 FOLDER = embedded()["flux-digits"]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """A row of the table. steps: None for the scheme's; rank: None for the scheme's."""
-
-    title: str
-    scheme: str
-    rounding: str = "rtn"
-    calibrated: bool = True
-    steps: tuple[str, ...] | None = None
-    rank: int | None = None
-    smooth: str = "auto"
-
-
-INT4, NVFP4 = "svdquant-w4a4", "svdquant-nvfp4"
-RECIPES = (
-    Recipe("int8", "int8"),
-    Recipe("fp8-tensor", "fp8-tensor"),
-    Recipe("W4A4 g64, RTN", INT4, steps=()),
-    Recipe("W4A4 g64, smoothing", INT4, steps=("smooth",)),
-    Recipe("W4A4 g64, smoothing + GPTQ", INT4, "gptq", steps=("smooth",)),
-    Recipe("svdquant-w4a4 r4, RTN", INT4, rank=4),
-    Recipe("svdquant-w4a4 r4, GPTQ", INT4, "gptq", rank=4),
-    Recipe("svdquant-w4a4 r32, data-free", INT4, calibrated=False),
-    Recipe("svdquant-w4a4 r32, RTN, no smoothing", INT4, smooth="off"),
-    Recipe("svdquant-w4a4 r32, RTN", INT4),
-    Recipe("svdquant-w4a4 r32, GPTQ (default)", INT4, "gptq"),
-    Recipe("NVFP4, RTN", NVFP4, steps=()),
-    Recipe("svdquant-nvfp4 r4, RTN", NVFP4, rank=4),
-    Recipe("svdquant-nvfp4 r4, GPTQ", NVFP4, "gptq", rank=4),
-    Recipe("svdquant-nvfp4 r32, data-free", NVFP4, calibrated=False),
-    Recipe("svdquant-nvfp4 r32, RTN", NVFP4),
-    Recipe("svdquant-nvfp4 r32, GPTQ (default)", NVFP4, "gptq"),
-)
 
 
 class Reference:
@@ -119,41 +88,84 @@ class Reference:
         return psnr, -10 * float(torch.log10(torch.tensor(off / whole)))
 
 
-def layers_of(row: Recipe, prepared: Prepared) -> Iterator[tuple[PackedLayer, QuantizedTensor]]:
-    """Every layer of a recipe, packed for its target and unpacked again."""
-    plan = prepared.plan
-    chosen = plan.scheme if row.steps is None else replace(plan.scheme, steps=row.steps)
-    options = RecipeOptions(row.rank or plan.context.rank, row.rounding, row.smooth)
-    stats = {}
+@dataclass(slots=True)
+class Losses:
+    """Errors of the layers as they go by, and what their weights take in the file."""
+
+    weight: list[float] = field(default_factory=list)
+    output: list[float] = field(default_factory=list)
+    bits: int = 0
+    weights: int = 0
+
+    def mean(self, errors: list[float]) -> str:
+        """Mean SQNR in dB of relative errors."""
+        return f"{-20 * sum(map(math.log10, errors)) / len(errors):.1f}" if errors else ""
+
+
+def layers_of(
+    row: Row, prepared: Prepared, losses: Losses, state: Mapping[str, Tensor]
+) -> Iterator[tuple[PackedLayer, QuantizedTensor, Scheme]]:
+    """Every layer of a recipe, packed for its target and unpacked again.
+
+    state: of the transformer, which gets the tensors that are kept.
+    """
+    stats: layers.Stats = {}
     if prepared.calibration is not None and row.calibrated:
         stats = statistics(prepared.calibration, prepared.model, prepared.source, lambda _: None)
+        prepared, stats = refine(prepared, stats, lambda _: None)
+    for name in prepared.source.infos:
+        state[name].copy_(prepared.source.read(name))
+    plan = prepared.plan
+    rounding = prepared.rounding if row.rounding is None else row.rounding
+    options = RecipeOptions(row.rank or plan.context.rank, rounding, row.smooth)
     for group in plan.groups:
         if group[0].form is None:
             continue
-        problems = [problem_of(layer, prepared.source, stats) for layer in group]
-        for layer, q in zip(group, _quantize(group, problems, chosen, options), strict=True):
-            assert layer.form is not None
-            packed = plan.target.pack(layer.form, _completed(q, layer))
-            again = plan.target.unpack(layer.form, packed)
-            yield PackedLayer(layer.name, layer.entry, layer.index, layer.form), again
+        for layer in group:
+            _count(layer, losses)
+        work = layers.Recipe(plan, prepared.source, stats, options)
+        for layer, problem, q in _quantized([_changed(layer, row) for layer in group], work, row):
+            assert layer.form is not None and layer.scheme is not None
+            activation = plan.target.activation(layer.form, layer.scheme)
+            losses.weight.append(recipe.weight_error(q, problem.weight))
+            if problem.stats is not None:
+                losses.output.append(recipe.output_error(q, problem, activation))
+            yield PackedLayer(layer.name, layer.entry, layer.index, layer.form), q, layer.scheme
 
 
-def _quantize(
-    group: list[LayerPlan], problems: list[LinearProblem], scheme: Scheme, options: RecipeOptions
-) -> list[QuantizedTensor]:
-    form = group[0].form
-    assert form is not None
-    if form.splits and scheme.modulation is not None:
-        return [recipe.quantize_modulation(problem, form.spec, options) for problem in problems]
-    return recipe.quantize_group(problems, scheme, options)
+def _changed(layer: LayerPlan, row: Row) -> LayerPlan:
+    """With the steps of the recipe where they are not the scheme's."""
+    assert layer.scheme is not None
+    if row.steps is None:
+        return layer
+    return replace(layer, scheme=replace(layer.scheme, steps=row.steps))
+
+
+def _quantized(
+    group: list[LayerPlan], work: layers.Recipe, row: Row
+) -> Iterator[tuple[LayerPlan, layers.LinearProblem, QuantizedTensor]]:
+    target = work.plan.target
+    for layer, problem, q in layers.quantized_group(group, work):
+        assert layer.form is not None
+        packed = target.pack(layer.form, _completed(q, layer))
+        yield layer, problem, target.unpack(layer.form, packed)
+
+
+def _count(layer: LayerPlan, losses: Losses) -> None:
+    """Bits of a layer but for its bias and its marker."""
+    assert layer.form is not None
+    losses.weights += layer.form.shape[0] * layer.form.shape[1]
+    losses.bits += 8 * sum(
+        info.nbytes
+        for name, info in layer.outputs.items()
+        if name.rpartition(".")[2] not in ("bias", "comfy_quant")
+    )
 
 
 def _completed(q: QuantizedTensor, layer: LayerPlan) -> QuantizedTensor:
     """With a low-rank branch of the file's rank, zeros where the recipe has less."""
     assert layer.form is not None
     rank, (rows, columns) = layer.form.rank, layer.form.shape
-    if not layer.form.input_scale:
-        q = replace(q, input_scale=None)
     if not rank:
         return q
     if q.lowrank is None:
@@ -165,20 +177,25 @@ def _completed(q: QuantizedTensor, layer: LayerPlan) -> QuantizedTensor:
     )
 
 
-def measure(row: Recipe, reference: Reference) -> tuple[float, float]:
-    """(PSNR, velocity SQNR) of one recipe."""
+def measure(row: Row, reference: Reference) -> tuple[Losses, float, float]:
+    """Losses of the layers, PSNR and velocity SQNR of one recipe."""
     job = Job(
         model=str(reference.folder),
         scheme=row.scheme,
+        target=row.target,
         calib=FOLDER / "prompts.txt",
+        rounding=row.rounding,
+        precondition=row.precondition,
         output=Path(tempfile.gettempdir()) / "dqconvert-quality",
         overwrite=True,
+        **row.more,
     )
     pipe = reference.pipeline()
     prepared = prepare(job)
-    plan = prepared.plan
-    emulate.install(pipe.transformer, layers_of(row, prepared), plan.target, plan.scheme)
-    return reference.score(pipe)
+    losses = Losses()
+    found = layers_of(row, prepared, losses, pipe.transformer.state_dict())
+    emulate.install(pipe.transformer, found, prepared.plan.target)
+    return losses, *reference.score(pipe)
 
 
 @click.command()
@@ -193,15 +210,20 @@ def main(images: int, untouched: bool, only: str) -> None:
             write_untouched(FOLDER, Path(scratch) / "untouched")
             references["as trained"] = Reference(Path(scratch) / "untouched", images)
         heads = "".join(f" {name} PSNR | velocity SQNR |" for name in references)
-        click.echo(f"| recipe |{heads} seconds |")
-        click.echo("|---|" + "---|" * (2 * len(references) + 1))
+        click.echo(f"| recipe | bits | weight SQNR | output SQNR |{heads} seconds |")
+        click.echo("|---|" + "---|" * (2 * len(references) + 4))
         for row in RECIPES:
             if not re.search(only, row.title):
                 continue
             start = time.perf_counter()
-            scores = [measure(row, reference) for reference in references.values()]
-            cells = "".join(f" {psnr:.1f} | {sqnr:.1f} |" for psnr, sqnr in scores)
-            click.echo(f"| {row.title} |{cells} {time.perf_counter() - start:.0f} |")
+            found = [measure(row, reference) for reference in references.values()]
+            losses = found[-1][0]
+            cells = "".join(f" {psnr:.1f} | {sqnr:.1f} |" for _, psnr, sqnr in found)
+            click.echo(
+                f"| {row.title} | {losses.bits / losses.weights:.2f} "
+                f"| {losses.mean(losses.weight)} | {losses.mean(losses.output)} "
+                f"|{cells} {time.perf_counter() - start:.0f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,73 @@
+"""The rows of the quality table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A recipe. rounding, target, steps, rank: None for the scheme's; more: words of the job."""
+
+    title: str
+    scheme: str
+    rounding: str | None = None
+    target: str | None = None
+    calibrated: bool = True
+    steps: tuple[str, ...] | None = None
+    rank: int | None = None
+    smooth: str = "auto"
+    precondition: str = "off"
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+INT4, NVFP4 = "svdquant-w4a4", "svdquant-nvfp4"
+PLAIN = (
+    "int8", "fp8", "fp8-tensor", "fp8-e5m2", "fp8-block128", "mxfp8", "mxfp4", "nvfp4",
+    "convrot-int8", "convrot-w4a4", "convrot-mixed", "convrot-w4a8",
+)  # fmt: skip
+TARGETS = {"fp8": "vllm", "mxfp4": "vllm", "fp8-block128": "vllm"}
+
+
+def _plain() -> list[Row]:
+    """Each plain and rotated scheme under each rounding, and preconditioned."""
+    found = []
+    for name in PLAIN:
+        target = TARGETS.get(name)
+        for rounding in ("rtn", "mse", "gptq"):
+            found.append(Row(f"{name}, {rounding}", name, rounding, target))
+        found.append(
+            Row(f"{name}, gptq, preconditioned", name, "gptq", target, precondition="auto")
+        )
+    return found
+
+
+RECIPES = (
+    *_plain(),
+    Row("bnb-nf4", "bnb-nf4"),
+    Row("bnb-int8", "bnb-int8"),
+    Row("gptq-w4a16 g128, rtn", "gptq-w4a16", "rtn"),
+    Row("gptq-w4a16 g128", "gptq-w4a16"),
+    Row("gptq-w4a16 g64", "gptq-w4a16", more={"group_size": 64}),
+    Row("awq-w4a16 g128", "awq-w4a16"),
+    Row("awq-w4a16 g128 + gptq", "awq-w4a16", "gptq"),
+    Row("W4A4 g64, RTN", INT4, "rtn", steps=()),
+    Row("W4A4 g64, smoothing", INT4, "rtn", steps=("smooth",)),
+    Row("W4A4 g64, smoothing + GPTQ", INT4, "gptq", steps=("smooth",)),
+    Row("svdquant-w4a4 r4, RTN", INT4, "rtn", rank=4),
+    Row("svdquant-w4a4 r4, GPTQ", INT4, "gptq", rank=4),
+    Row("svdquant-w4a4 r4, GPTQ, preconditioned", INT4, "gptq", rank=4, precondition="auto"),
+    Row("svdquant-w4a4 r32, data-free", INT4, "rtn", calibrated=False),
+    Row("svdquant-w4a4 r32, RTN, no smoothing", INT4, "rtn", smooth="off"),
+    Row("svdquant-w4a4 r32, RTN", INT4, "rtn"),
+    Row("svdquant-w4a4 r32, GPTQ (default)", INT4, "gptq"),
+    Row("svdquant-w4a4 r32, GPTQ, preconditioned", INT4, "gptq", precondition="auto"),
+    Row("NVFP4 bf16 scale, RTN", NVFP4, "rtn", steps=()),
+    Row("svdquant-nvfp4 r4, RTN", NVFP4, "rtn", rank=4),
+    Row("svdquant-nvfp4 r4, GPTQ", NVFP4, "gptq", rank=4),
+    Row("svdquant-nvfp4 r32, data-free", NVFP4, "rtn", calibrated=False),
+    Row("svdquant-nvfp4 r32, RTN", NVFP4, "rtn"),
+    Row("svdquant-nvfp4 r32, GPTQ (default)", NVFP4, "gptq"),
+)
