@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqconvert.quantizers import codes as element
 from dqconvert.quantizers import rtn
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.spec import ALL, QuantSpec
@@ -77,9 +78,9 @@ class _Grid:
         if self.second is not None:
             step = step * self.second.float()
         steps = torch.where(step == 0, torch.zeros_like(values), values / step)
-        codes = rtn.round_to(steps, self.spec.code)
+        codes = element.round_to(steps, self.spec.code)
         self.codes[:, column] = codes
-        return rtn.decode(codes, self.spec.code).mul_(step)
+        return element.decode(codes, self.spec.code).mul_(step)
 
 
 def quantize(

@@ -4,87 +4,127 @@ Laws (tests/test_rtn.py): the scale grid has the shape of spec.grid; without sec
 rounding every weight returns within half a step; quantizing a dequantized weight changes
 nothing; codes and scales equal comfy-kitchen's for its formats.
 
-Sources: int4 and NVFP4 as deepcompressor/quantizer/impl/scale.py (specs of nunchaku), int8 and
-fp8 as comfy_kitchen/backends/eager/quantization.py.
+Sources: int4 and NVFP4 as deepcompressor/quantizer/impl/scale.py (specs of nunchaku), int8, fp8
+and MXFP8 as comfy_kitchen/backends/eager/quantization.py, NF4 as bitsandbytes' CPU kernel.
 """
 
 from __future__ import annotations
 
+from itertools import starmap
+
 import torch
 from torch import Tensor
 
+from dqconvert.quantizers import lut
+from dqconvert.quantizers.codes import decode, dtype_of, round_to
 from dqconvert.quantizers.errors import DataError
-from dqconvert.quantizers.spec import ALL, CODES, QuantSpec
+from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-"""What the magnitude bits of e2m1 stand for."""
 
-
-def quantize(weight: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()) -> QuantizedTensor:
+def quantize(
+    weight: Tensor, spec: QuantSpec, parts: tuple[int, ...] = (), ceiling: Tensor | None = None
+) -> QuantizedTensor:
     """Round a weight to its nearest codes.
 
     weight: [N, K], any float dtype; computed in fp32. parts: rows of each stacked linear, which
-    then keep tensor scales of their own. Raises DataError on NaN or infinity, ValueError where
-    the tile does not divide the shape.
+    then keep tensor scales of their own. ceiling: [] magnitude that tensor-wide scales must
+    cover. Raises DataError on NaN or infinity, ValueError where the tile does not divide the
+    shape.
     """
-    amax = absmax(weight, spec)
-    second = tensor_scales(amax, spec, parts)
-    scale = first_scales(amax, spec, second)
-    return QuantizedTensor(spec, encode(weight, scale, second, spec), scale, second)
-
-
-def dequantize(q: QuantizedTensor) -> Tensor:
-    """The weight that the codes and scales stand for: [N, K] fp32, in the smoothed basis."""
-    shape = (q.codes.shape[0], q.codes.shape[1])
-    step = effective_scale(q.scale, q.tensor_scale)
-    return (
-        _tiled(decode(q.codes, q.spec.code), q.spec, shape).mul_(step[:, None, :, None]).view(shape)
+    if spec.code == "lut4":
+        return lut.quantize(weight, spec)
+    amax = absmax(weight, spec, ceiling)
+    second = tensor_scales(amax, spec, parts, ceiling)
+    if spec.zero_point:
+        scale, zero = affine_scales(*extremes(weight, spec), spec)
+    else:
+        scale, zero = first_scales(amax, spec, second), None
+    return QuantizedTensor(
+        spec, encode(weight, scale, second, spec, zero), scale, second, zero=zero
     )
 
 
-def absmax(weight: Tensor, spec: QuantSpec) -> Tensor:
-    """Largest magnitude of each tile: spec.grid([N, K]) fp32. DataError if one is not finite."""
-    shape = (weight.shape[0], weight.shape[1])
-    grid, tile = spec.grid(shape), spec.tile_of(shape)
-    if weight.numel() == 0:
-        return torch.zeros(grid, dtype=torch.float32, device=weight.device)
-    tops = []
-    for start, stop in spec.row_blocks(shape):
-        block = weight[start:stop].to(torch.float32, copy=True).abs_()
-        rows = min(tile[0], block.shape[0])
-        tops.append(block.view(-1, rows, grid[1], tile[1]).amax((1, 3)))
-    amax = torch.cat(tops)
-    if spec.tile[0] == ALL:
+def dequantize(q: QuantizedTensor) -> Tensor:
+    """The weight that the codes and scales stand for: [N, K] fp32, in the basis of the codes."""
+    if q.spec.code == "lut4":
+        return lut.dequantize(q)
+    tiles = tiled(decode(q.codes, q.spec.code), q.spec)
+    if q.zero is not None:
+        tiles = tiles.sub_(_spread(q.zero.float()))
+    if not q.spec.unit:
+        tiles = tiles.mul_(_spread(effective_scale(q.scale, q.tensor_scale)))
+    return _untiled(tiles, q.codes.shape)
+
+
+def absmax(weight: Tensor, spec: QuantSpec, ceiling: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each tile: spec.grid([N, K]) fp32. DataError if one is not finite.
+
+    ceiling: [] magnitude that counts as part of a tile which covers the whole weight.
+    """
+    tops = [
+        tiled(weight[start:stop].to(torch.float32, copy=True).abs_(), spec).amax((1, 3))
+        for start, stop in _blocks(weight, spec)
+    ]
+    amax = torch.cat(tops) if tops else _no_tiles(weight, spec)
+    if spec.tile[0] == ALL and len(tops) > 1:
         amax = amax.amax(0, keepdim=True)
     if not bool(torch.isfinite(amax).all()):
         raise DataError("holds NaN or infinity")
+    if ceiling is not None and spec.tile == (ALL, ALL):
+        amax = amax.clamp_(min=ceiling.to(amax))
     return amax
 
 
-def tensor_scales(amax: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()) -> Tensor | None:
+def extremes(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """The range of each tile, (low <= 0, high >= 0): spec.grid([N, K]) fp32, of finite weights."""
+    tiles = (tiled(weight[cut].float(), spec) for cut in starmap(slice, _blocks(weight, spec)))
+    ends = [(block.amin((1, 3)), block.amax((1, 3))) for block in tiles]
+    if not ends:
+        return _no_tiles(weight, spec), _no_tiles(weight, spec)
+    low, high = (torch.cat(end) for end in zip(*ends, strict=True))
+    if spec.tile[0] == ALL:
+        low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+    return low.clamp_(max=0), high.clamp_(min=0)
+
+
+def tensor_scales(
+    amax: Tensor,
+    spec: QuantSpec,
+    parts: tuple[int, ...] = (),
+    ceiling: Tensor | None = None,
+    top: float | None = None,
+) -> Tensor | None:
     """Second-level scales for the tile maxima of a weight, or None.
 
-    Maps the largest first-level scale to the largest value of its own dtype. [1]; [N], constant
-    within each part, where linears are stacked (tile rows must be 1 then).
+    Maps the largest first-level scale to top, which is the largest value of its own dtype where
+    it is not given. [1]; [N], constant within each part, where linears are stacked (tile rows must
+    be 1 then).
     """
     if spec.tensor_scale is None:
         return None
     dtype = TORCH_DTYPES[spec.tensor_scale]
-    limit = spec.maximum * torch.finfo(TORCH_DTYPES[spec.scale]).max
+    limit = spec.maximum * (top or torch.finfo(TORCH_DTYPES[spec.scale]).max)
     if not amax.numel():
         return torch.ones(1, dtype=dtype, device=amax.device)
-    if len(parts) <= 1:
-        return _positive((amax.amax() / limit).to(dtype)).view(1)
-    tops = torch.stack([part.amax() for part in torch.split(amax, list(parts))])
-    rows = torch.tensor(parts, device=amax.device)
-    return _positive((tops / limit).to(dtype)).repeat_interleave(rows)
+    sizes = list(parts) if len(parts) > 1 else [amax.shape[0]]
+    tops = torch.stack([part.amax() for part in torch.split(amax, sizes)])
+    if ceiling is not None:
+        tops = tops.clamp_(min=ceiling.to(tops))
+    scales = _positive((tops / limit).to(dtype))
+    if len(sizes) == 1:
+        return scales
+    return scales.repeat_interleave(torch.tensor(sizes, device=amax.device))
 
 
 def first_scales(amax: Tensor, spec: QuantSpec, second: Tensor | None) -> Tensor:
     """First-level scales [grid] in spec.scale's dtype, from the maxima of the tiles."""
     dtype = TORCH_DTYPES[spec.scale]
+    if spec.unit:
+        return torch.ones_like(amax, dtype=dtype)
     scale = amax / spec.maximum
+    if dtype == torch.float8_e8m0fnu:
+        return _power_of_two(scale)
     if second is not None:
         scale = scale / second.float()[:, None]
     if dtype.itemsize == 1:  # float8 has no infinity to saturate to
@@ -94,96 +134,109 @@ def first_scales(amax: Tensor, spec: QuantSpec, second: Tensor | None) -> Tensor
     return _positive(scale.to(dtype))
 
 
+def affine_scales(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """(scale, zero) [grid] for ranges low <= 0 <= high: the codes 0 .. maximum span the range.
+
+    zero: fp32, whole numbers among the codes.
+    """
+    scale = (high / spec.maximum - low / spec.maximum).to(TORCH_DTYPES[spec.scale])
+    scale = _positive(scale)
+    zero = (-low / scale.float()).round_().clamp_(0, spec.maximum)
+    return scale, zero
+
+
 def effective_scale(scale: Tensor, second: Tensor | None) -> Tensor:
     """First times second level, fp32, in grid shape."""
     return scale.float() if second is None else scale.float() * second.float()[:, None]
 
 
-def encode(weight: Tensor, scale: Tensor, second: Tensor | None, spec: QuantSpec) -> Tensor:
+def encode(
+    weight: Tensor,
+    scale: Tensor,
+    second: Tensor | None,
+    spec: QuantSpec,
+    zero: Tensor | None = None,
+) -> Tensor:
     """Nearest codes of a weight under given scales: [N, K]; see QuantizedTensor.codes.
 
     Works in row blocks, so that a 16-bit weight is never held in fp32 as a whole.
     """
     shape = (weight.shape[0], weight.shape[1])
     step = effective_scale(scale, second)
-    codes = torch.empty(shape, dtype=_code_dtype(spec.code), device=weight.device)
-    tile = spec.tile_of(shape)[0]
+    codes = torch.empty(shape, dtype=dtype_of(spec.code), device=weight.device)
     for start, stop in spec.row_blocks(shape):
+        cut = tile_rows(spec, shape, start, stop)
         block = weight[start:stop].to(torch.float32, copy=True)
-        grid_rows = step if step.shape[0] == 1 else step[start // tile : stop // tile]
-        codes[start:stop] = round_to(_scaled(block, grid_rows, spec), spec.code)
+        tiles = _scaled(tiled(block, spec), step[cut], spec)
+        if zero is not None:
+            tiles = tiles.add_(_spread(zero[cut]))
+        values = _untiled(tiles, (stop - start, shape[1]))
+        codes[start:stop] = round_to(values, spec.code, spec.full_range)
     return codes
 
 
-def round_to(values: Tensor, code: str) -> Tensor:
-    """Round values that are already divided by their scale, in place, to codes."""
-    kind = CODES[code]
-    if code == "e2m1":
-        return _round_e2m1(values)
-    low = -kind.maximum if kind.signed else 0.0
-    if not kind.is_float:
-        values = values.round_()
-    return values.clamp_(low, kind.maximum).to(_code_dtype(code))
+def tile_rows(spec: QuantSpec, shape: tuple[int, int], start: int, stop: int) -> slice:
+    """The rows of the scale grid that belong to rows start .. stop of an [N, K] weight."""
+    rows = spec.tile_of(shape)[0]
+    return slice(start // rows, -(-stop // rows))
 
 
-def _round_e2m1(values: Tensor) -> Tensor:
-    """Nearest e2m1 codes, ties to even.
+def tiled(block: Tensor, spec: QuantSpec) -> Tensor:
+    """[rows, K] as [grid rows, tile rows, grid cols, tile cols].
 
-    The magnitudes step by 1/2 up to 2, by 1 up to 4, by 2 up to 6; the code counts steps, and
-    the smallest count of the three rulers is the right one.
+    Where the last tiles are smaller, a copy that is filled up with zeros.
     """
-    m = values.abs().clamp_(max=6.0)
-    code = torch.minimum((m * 2).round_(), m.round() + 2)
-    code = torch.minimum(code, m.div_(2).round_() + 4).to(torch.uint8)
-    return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 3)
+    shape = (block.shape[0], block.shape[1])
+    (rows, cols), tile = spec.grid(shape), spec.tile_of(shape)
+    missing = rows * tile[0] - shape[0], cols * tile[1] - shape[1]
+    if any(missing) and block.numel():
+        block = torch.nn.functional.pad(block, (0, missing[1], 0, missing[0]))
+    return block.reshape(rows, tile[0], cols, tile[1])
 
 
-def decode(codes: Tensor, code: str) -> Tensor:
-    """What codes stand for, before any scale: fp32."""
-    if code == "e2m1":
-        table = torch.tensor(
-            [*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device
-        )
-        return table[codes.int()]
-    if code == "e4m3" and _all_numbers(codes):
-        # Torch converts float8 one by one. The bits of e4m3, seven places up, are those of an
-        # fp16 that is 2^-8 times as large; sign extension has left ones to clear.
-        half = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
-        return half.view(torch.float16).float().mul_(256.0)
-    return codes.float()
+def _untiled(tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[grid rows, tile rows, grid cols, tile cols] as [rows, K], without the filling."""
+    whole = tiles.view(tiles.shape[0] * tiles.shape[1], -1) if tiles.numel() else tiles.view(shape)
+    return whole[: shape[0], : shape[1]].contiguous()
 
 
-def _all_numbers(codes: Tensor) -> bool:
-    """Whether no e4m3 code is NaN."""
-    return codes.numel() == 0 or int((codes.view(torch.uint8) & 127).amax()) < 127
+def _blocks(weight: Tensor, spec: QuantSpec) -> list[tuple[int, int]]:
+    """Row blocks of a weight, none where it is empty."""
+    return list(spec.row_blocks((weight.shape[0], weight.shape[1]))) if weight.numel() else []
 
 
-def _scaled(block: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
-    """Divide a row block by its scales, in place."""
-    view = block.view(step.shape[0], -1, step.shape[1], block.shape[1] // max(step.shape[1], 1))
-    step = step[:, None, :, None]
+def _no_tiles(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """What an empty weight has for a maximum: [grid] zeros, fp32."""
+    grid = spec.grid((weight.shape[0], weight.shape[1]))
+    return torch.zeros(grid, dtype=torch.float32, device=weight.device)
+
+
+def _scaled(tiles: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
+    """Divide tiles by their scales, in place."""
+    if spec.unit:
+        return tiles
+    step = _spread(step)
     if spec.reciprocal:
         largest = torch.finfo(step.dtype).max  # the reciprocal of a subnormal scale is infinite
-        return view.mul_((1.0 / step).clamp_(max=largest)).view(block.shape)
-    view = view.div_(step)
+        return tiles.mul_((1.0 / step).clamp_(max=largest))
+    tiles = tiles.div_(step)
     if spec.scale.startswith("F8"):  # a scale of zero belongs to weights too small to matter
-        view = view.nan_to_num_(0.0, 0.0, 0.0)
-    return view.view(block.shape)
+        tiles = tiles.nan_to_num_(0.0, 0.0, 0.0)
+    return tiles
 
 
-def _tiled(weight: Tensor, spec: QuantSpec, shape: tuple[int, int]) -> Tensor:
-    """[N, K] as [grid rows, tile rows, grid cols, tile cols]."""
-    rows, cols = spec.grid(shape)
-    tile = spec.tile_of(shape)
-    return weight.reshape(rows, tile[0], cols, tile[1])
+def _power_of_two(scale: Tensor) -> Tensor:
+    """The next power of two, e8m0; what is below 2^-127, zero too, becomes that."""
+    bits = scale.contiguous().view(torch.int32)
+    exponent = (bits + 0x7FFFFF) >> 23
+    return torch.where(scale <= 2.0**-127, 0, exponent).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def _spread(grid: Tensor) -> Tensor:
+    """A value of each tile, against tiles."""
+    return grid[:, None, :, None]
 
 
 def _positive(scale: Tensor) -> Tensor:
     """A scale of zero stands for zeros only: make it one."""
     return torch.where(scale == 0, torch.ones_like(scale), scale)
-
-
-def _code_dtype(code: str) -> torch.dtype:
-    return {"e2m1": torch.uint8, "e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}.get(
-        code, torch.int8
-    )

@@ -31,7 +31,7 @@ SCHEMES = (
     Scheme(
         name="bnb-nf4",
         summary="NF4 blocks of 64, activations in 16 bit",
-        weight=QuantSpec("nf4", (1, 64)),
+        weight=QuantSpec("nf4", (1, 64), reciprocal=True),
         activation=None,
         targets=("diffusers",),
     ),

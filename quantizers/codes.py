@@ -1,0 +1,109 @@
+"""Element codes: rounding values that are already divided by their scale, and what codes stand for.
+
+Integers are held in int8, float8 in torch's own dtypes, smaller floats as sign and magnitude bits
+in uint8, codebooks as the index of a level in uint8.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dqconvert.quantizers.spec import CODES
+
+DTYPES = {
+    "e2m1": torch.uint8,
+    "e3m2": torch.uint8,
+    "nf4": torch.uint8,
+    "lut4": torch.uint8,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+}
+
+
+def dtype_of(code: str) -> torch.dtype:
+    """What holds a code."""
+    return DTYPES.get(code, torch.int8)
+
+
+def round_to(values: Tensor, code: str, full_range: bool = False) -> Tensor:
+    """Round values that are already divided by their scale, in place, to their nearest codes.
+
+    full_range: signed integers reach one further down.
+    """
+    kind = CODES[code]
+    if code == "e2m1":
+        return _round_e2m1(values)
+    if code == "e3m2":
+        return _round_e3m2(values)
+    if kind.levels:
+        return torch.bucketize(values, _borders(code).to(values.device)).to(torch.uint8)
+    low = -kind.maximum - full_range if kind.signed else 0.0
+    if not kind.is_float:
+        values = values.round_()
+    return values.clamp_(low, kind.maximum).to(dtype_of(code))
+
+
+def decode(codes: Tensor, code: str) -> Tensor:
+    """What codes stand for, before any scale: fp32."""
+    if dtype_of(code) == torch.uint8:
+        return _values(code).to(codes.device)[codes.int()]
+    if code == "e4m3" and _all_numbers(codes):
+        # Torch converts float8 one by one. The bits of e4m3, seven places up, are those of an
+        # fp16 that is 2^-8 times as large; sign extension has left ones to clear.
+        half = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
+        return half.view(torch.float16).float().mul_(256.0)
+    return codes.float()
+
+
+def _round_e2m1(values: Tensor) -> Tensor:
+    """Nearest e2m1 codes, ties to even.
+
+    The magnitudes step by 1/2 up to 2, by 1 up to 4, by 2 up to 6; the code counts steps, and
+    the smallest count of the three rulers is the right one.
+    """
+    m = values.abs().clamp_(max=6.0)
+    code = torch.minimum((m * 2).round_(), m.round() + 2)
+    code = torch.minimum(code, m.div_(2).round_() + 4).to(torch.uint8)
+    return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 3)
+
+
+def _round_e3m2(values: Tensor) -> Tensor:
+    """Nearest e3m2 codes, ties to even, saturating at 28.
+
+    From 1/4 on, the upper bits of an fp32, rounded, are the code but for the exponent's bias of
+    3 instead of 127; below, the code counts steps of 1/16.
+    """
+    m = values.abs().clamp_(max=28.0)
+    bits = m.view(torch.int32)
+    upper = (bits + (0xFFFFF + ((bits >> 21) & 1))) >> 21
+    code = torch.where(m < 0.25, (m * 16).round_().int(), upper - ((127 - 3) << 2)).to(torch.uint8)
+    return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 5)
+
+
+@cache
+def _values(code: str) -> Tensor:
+    """What the bits 0, 1, ... of a code in uint8 stand for: fp32. Not to be written to."""
+    kind = CODES[code]
+    if kind.levels:
+        return torch.tensor(kind.levels)
+    bits = torch.arange(2 ** (kind.bits - 1))
+    exponent, mantissa = bits >> kind.mantissa, bits & (2**kind.mantissa - 1)
+    bias = 2 ** (kind.exponent - 1) - 1
+    digits = mantissa + (exponent > 0) * 2**kind.mantissa
+    magnitude = digits * 2.0 ** (exponent.clamp(min=1) - bias - kind.mantissa)
+    return torch.cat([magnitude, -magnitude])
+
+
+@cache
+def _borders(code: str) -> Tensor:
+    """Midpoints of a codebook's levels; a value on one goes down. Not to be written to."""
+    levels = _values(code)
+    return (levels[1:] + levels[:-1]) / 2
+
+
+def _all_numbers(codes: Tensor) -> bool:
+    """Whether no e4m3 code is NaN."""
+    return codes.numel() == 0 or int((codes.view(torch.uint8) & 127).amax()) < 127
