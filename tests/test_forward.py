@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqconvert.quantizers import codes as element
 from dqconvert.quantizers import forward, recipe, rtn
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.schemes import schemes
@@ -112,7 +113,7 @@ def test_the_effective_weight_is_the_formula(scheme: Scheme) -> None:
     problem = problem_of()
     (q,) = recipe.quantize_group([problem], scheme, options_of(scheme))
     assert q.smooth is not None and q.lowrank is not None
-    codes = rtn.decode(q.codes, q.spec.code).double()
+    codes = element.decode(q.codes, q.spec.code).double()
     step = q.scale.double().repeat_interleave(q.spec.tile[1], 1)
     second = 1.0 if q.tensor_scale is None else q.tensor_scale.double()[:, None]
     branch = q.lowrank.up.double() @ q.lowrank.down.double()
