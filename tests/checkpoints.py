@@ -132,9 +132,8 @@ def filled(meta: Mapping[str, Tensor], columns: int | None = None) -> dict[str, 
     rng = torch.Generator().manual_seed(len(meta))
     found = {}
     for name, tensor in meta.items():
-        shape = (
-            tensor.shape if columns is None else tensor.shape[:1] + (columns,) * (tensor.ndim - 1)
-        )
+        whole = columns is None or tensor.ndim != 2
+        shape = tensor.shape if whole else (tensor.shape[0], columns)
         found[name] = torch.randn(shape, generator=rng).to(tensor.dtype)
     return found
 
