@@ -34,7 +34,8 @@ CODES = {"int8": "I8", "e4m3": "F8_E4M3", "e5m2": "F8_E5M2"}
 @dataclass(frozen=True, slots=True)
 class Scaled:
     """A Layout. scale: suffix of the weight's scales; one: shape of a single scale, () or (1,);
-    column: scales per row are [N, 1], else [N]; static: suffix of the static scale of inputs.
+    column: scales per row are [N, 1], else [N]; static: suffix of the static scale of inputs;
+    weight: suffix of the codes.
 
     Scales are F32 in the file whatever spec.scale is: narrower ones come back exactly.
     """
@@ -43,6 +44,7 @@ class Scaled:
     one: tuple[int, ...] = ()
     column: bool = True
     static: str = "input_scale"
+    weight: str = "weight"
 
     def problem(self, form: PackedForm) -> str | None:
         """See formats/layouts."""
@@ -64,7 +66,7 @@ class Scaled:
 
     def promise(self, form: PackedForm) -> dict[str, TensorInfo]:
         """See formats/layouts."""
-        infos = {"weight": TensorInfo(CODES[form.spec.code], form.shape)}
+        infos = {self.weight: TensorInfo(CODES[form.spec.code], form.shape)}
         if not form.spec.unit:
             infos[self.scale] = TensorInfo("F32", self._scale_shape(form))
         if form.input_scale:
@@ -81,7 +83,7 @@ class Scaled:
             raise ValueError("the form and the result disagree on a static activation scale")
         if (q.bias is not None) != form.bias:
             raise ValueError("the form and the result disagree on a bias")
-        tensors = {"weight": q.codes.contiguous()}
+        tensors = {self.weight: q.codes.contiguous()}
         if not form.spec.unit:
             tensors[self.scale] = q.scale.float().reshape(self._scale_shape(form)).contiguous()
         if q.input_scale is not None:
@@ -99,12 +101,12 @@ class Scaled:
         grid, dtype = form.spec.grid(form.shape), TORCH_DTYPES[form.spec.scale]
         static = tensors.get(self.static) if form.input_scale else None
         if form.spec.unit:
-            scale = torch.ones(grid, dtype=dtype, device=tensors["weight"].device)
+            scale = torch.ones(grid, dtype=dtype, device=tensors[self.weight].device)
         else:
             scale = tensors[self.scale].to(dtype).reshape(grid)
         return QuantizedTensor(
             spec=form.spec,
-            codes=tensors["weight"],
+            codes=tensors[self.weight],
             scale=scale,
             bias=tensors.get("bias"),
             input_scale=None if static is None else static.float().reshape(()),
