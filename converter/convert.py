@@ -38,7 +38,7 @@ def convert(
 ) -> Iterator[LayerReport | Report]:
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
     _import_torch()
-    from dqconvert.converter import manifest
+    from dqconvert.converter import manifest, precondition
     from dqconvert.converter.refine import refine
     from dqconvert.converter.statistics import statistics
 
@@ -51,6 +51,9 @@ def convert(
         plan = prepared.plan
         layers: list[LayerReport] = []
         metadata = plan.target.metadata(plan.context)
+        if prepared.precondition is not None:
+            metadata = {**metadata, **precondition.metadata(prepared.precondition)}
+            precondition.save(folder, prepared.precondition)
         with FileSet(_files(folder, plan), plan.outputs, metadata) as files:
             for reports in _groups(prepared, files, stats, listen):
                 layers += reports

@@ -78,8 +78,10 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "group_size": job.group_size,
             "zero_points": job.zero_points,
             "settings": dict(job.settings),
+            "precondition": job.precondition,
         },
         "calibration": _calibration(prepared),
+        "precondition": prepared.precondition.kinds if prepared.precondition else {},
         "output": {"folder": str(prepared.output), "bytes": plan.nbytes},
         "notes": list(prepared.notes),
     }

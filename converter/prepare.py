@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
@@ -19,12 +20,16 @@ from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import ALL, CODES, Scheme
 
+if TYPE_CHECKING:
+    from dqconvert.converter.precondition import Precondition
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A job that is ready to run: everything decided, nothing computed.
 
-    options: what the plan was made from; found: notes that the work itself adds.
+    options: what the plan was made from; found: notes that the work itself adds; precondition:
+    how source differs from the checkpoint, None where it does not.
     """
 
     job: Job
@@ -35,6 +40,7 @@ class Prepared:
     output: Path
     options: PlanOptions = field(default_factory=PlanOptions)
     found: tuple[str, ...] = ()
+    precondition: Precondition | None = None
 
     @property
     def rounding(self) -> str:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from dqconvert.converter.job import Progress
-from dqconvert.converter.layers import Stats, problem_of
+from dqconvert.converter.layers import Recipe, Stats, problem_of
 from dqconvert.converter.plan import LayerPlan, Plan
+from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats
+from dqconvert.converter.precondition_choice import choose, notes_of, precondition_of
 from dqconvert.converter.prepare import Prepared
 from dqconvert.quantizers import recipe, schemes
 from dqconvert.quantizers.recipe import RecipeOptions
@@ -23,9 +25,32 @@ def refine(
     prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
 ) -> tuple[Prepared, Stats]:
     """The job as its statistics want it, and the statistics of the inputs as they will be."""
+    if prepared.job.precondition != "off" or "fold" in prepared.plan.scheme.steps:
+        prepared, stats = _precondition(prepared, stats, listen)
     if prepared.plan.scheme.better:
         prepared = prepared.replan(_mix(prepared, stats, listen))
     return prepared, stats
+
+
+def _precondition(
+    prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
+) -> tuple[Prepared, Stats]:
+    """The model folded and centered where that helps, and what is to be said of it."""
+    plan, job = prepared.plan, prepared.job
+    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
+    outcomes = choose(
+        Recipe(plan, prepared.source, stats, options),
+        job.precondition,
+        lambda done, total: listen(Progress("precondition", done, total)),
+    )
+    found = precondition_of(outcomes)
+    notes = (*prepared.found, *notes_of(outcomes, plan))
+    prepared = replace(prepared, found=notes, precondition=found)
+    if found is None:
+        return prepared, stats
+    source = PreconditionedSource(prepared.source, found)
+    stats = PreconditionedStats(stats, found, source.family)
+    return replace(prepared, source=source), stats
 
 
 def _mix(prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]) -> Mapping[str, str]:

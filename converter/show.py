@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TITLES = {
     "calibrate": ("calibrating", "step"),
+    "precondition": ("preconditioning", "input"),
     "measure": ("measuring", "layer"),
     "convert": ("converting", "B"),
 }
