@@ -109,6 +109,7 @@ def make_plan(
     if not any(layer.form for layer in layers):
         raise PlanError([f"--keep {options.keep} leaves nothing to quantize"])
     model, config = identity
+    outputs = {name: info for layer in layers for name, info in layer.outputs.items()}
     context = FileContext(
         model=model,
         scheme=scheme,
@@ -125,8 +126,8 @@ def make_plan(
         ),
         layout=layout,
         settings=options.settings,
+        names=tuple(outputs),
     )
-    outputs = {name: info for layer in layers for name, info in layer.outputs.items()}
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
 

@@ -54,7 +54,8 @@ class FileContext:
     diffusers config of the transformer; layers: packed layers by their name in the file; facts:
     what this runtime wants to be told of the family (such as its class names); kept: linears of
     the file that stay unquantized, by name; layout: of the target's layouts the one chosen;
-    settings: what the user said of this target alone, such as {"kernel": "q8f"}.
+    settings: what the user said of this target alone, such as {"kernel": "q8f"}; names: of all
+    tensors of the file.
     """
 
     model: str
@@ -66,3 +67,4 @@ class FileContext:
     kept: tuple[str, ...] = ()
     layout: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
+    names: tuple[str, ...] = ()

@@ -153,6 +153,12 @@ def context_of(
         uniform = replace(form, rank=scheme.rank if form.rank else 0)
         if runtime.problem(uniform) is None:
             layers[f"transformer_blocks.{i}.linear"] = uniform
+    infos = {
+        f"{layer}.{suffix}": info
+        for layer, form in layers.items()
+        for suffix, info in runtime.promise(form).items()
+    }
+    infos["norm.weight"] = TensorInfo("BF16", (8,))
     context = FileContext(
         model="toy",
         scheme=adapted,
@@ -161,13 +167,9 @@ def context_of(
         layers=layers,
         facts={"model_class": "NunchakuFluxTransformer2dModel", "comfy_config": {"a": [1]}},
         layout=layout,
+        names=tuple(infos),
     )
-    infos = {
-        f"{layer}.{suffix}": info
-        for layer, form in layers.items()
-        for suffix, info in runtime.promise(form).items()
-    }
-    return context, infos | {"norm.weight": TensorInfo("BF16", (8,))}
+    return context, infos
 
 
 def files() -> list[Any]:
