@@ -45,7 +45,7 @@ from dqconvert.converter.statistics import statistics
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.spec import Scheme
-from dqconvert.quantizers.tensors import LowRank, QuantizedTensor
+from dqconvert.quantizers.tensors import TORCH_DTYPES, LowRank, QuantizedTensor
 
 FOLDER = embedded()["flux-digits"]
 
@@ -114,7 +114,8 @@ def layers_of(
         stats = statistics(prepared.calibration, prepared.model, prepared.source, lambda _: None)
         prepared, stats = refine(prepared, stats, lambda _: None)
     for name in prepared.source.infos:
-        state[name].copy_(prepared.source.read(name))
+        dtype = TORCH_DTYPES[prepared.source.infos[name].dtype]
+        state[name].copy_(prepared.source.read(name).to(dtype))  # as a file would hold it
     plan = prepared.plan
     rounding = prepared.rounding if row.rounding is None else row.rounding
     options = RecipeOptions(row.rank or plan.context.rank, rounding, row.smooth)
