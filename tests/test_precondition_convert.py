@@ -49,7 +49,7 @@ def test_a_preconditioned_checkpoint_is_the_same_function(
 ) -> None:
     model = flux.build_flux(dtype)
     before = flux.run(model)
-    source = opened(model.state_dict(), dialect)
+    source = opened({k: v.clone() for k, v in model.state_dict().items()}, dialect)
     chosen = random_precondition(source, dtype)
     assert len(chosen.chosen) == 14, "two double blocks of five inputs, two single ones of two"
     moved = PreconditionedSource(source, chosen)
