@@ -166,21 +166,14 @@ def _means(unit: Tensor) -> Tensor:
     count = len(CODES["lut4"].levels)
     means = torch.quantile(x, torch.linspace(0, 1, count, device=x.device))
     for _ in range(MEANS_ROUNDS):
-        nearest = _nearest_mean(x, means)
-        members = [x[nearest == code] for code in range(count)]
+        if bool((means.diff() > 0).all()):
+            nearest = assign(x, means)
+        else:  # quantiles were equal: the first of them takes all
+            nearest = (x - means[:, None]).abs_().argmin(0).to(torch.uint8)
+        order = nearest.sort(stable=True).indices
+        members = x[order].split(nearest.bincount(minlength=count).tolist())
         means = torch.stack([m.mean() if len(m) else means[i] for i, m in enumerate(members)])
     return means.sort().values
-
-
-def _nearest_mean(x: Tensor, means: Tensor) -> Tensor:
-    """First of the nearest means, which may be equal and in any order: uint8 [M]."""
-    nearest = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
-    least = (x - means[0]).abs_()
-    for code, mean in enumerate(means[1:], 1):
-        off = (x - mean).abs_()
-        nearest.masked_fill_(off < least, code)
-        torch.minimum(least, off, out=least)
-    return nearest
 
 
 def _fit_scales(groups: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
