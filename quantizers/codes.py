@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.spec import CODES
+from dqconvert.quantizers.spec import CODES, Code
 
 DTYPES = {
     "e2m1": torch.uint8,
@@ -48,8 +48,12 @@ def round_to(values: Tensor, code: str, full_range: bool = False) -> Tensor:
 
 def decode(codes: Tensor, code: str) -> Tensor:
     """What codes stand for, before any scale: fp32."""
+    kind = CODES[code]
+    if kind.levels:
+        levels = _levels(code).to(codes.device)
+        return levels.index_select(0, codes.reshape(-1).int()).view(codes.shape)
     if dtype_of(code) == torch.uint8:
-        return _values(code).to(codes.device)[codes.int()]
+        return _decode_small(codes, kind)
     if code == "e4m3" and _all_numbers(codes):
         # Torch converts float8 one by one. The bits of e4m3, seven places up, are those of an
         # fp16 that is 2^-8 times as large; sign extension has left ones to clear.
@@ -83,24 +87,29 @@ def _round_e3m2(values: Tensor) -> Tensor:
     return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 5)
 
 
-@cache
-def _values(code: str) -> Tensor:
-    """What the bits 0, 1, ... of a code in uint8 stand for: fp32. Not to be written to."""
-    kind = CODES[code]
-    if kind.levels:
-        return torch.tensor(kind.levels)
-    bits = torch.arange(2 ** (kind.bits - 1))
-    exponent, mantissa = bits >> kind.mantissa, bits & (2**kind.mantissa - 1)
+def _decode_small(codes: Tensor, kind: Code) -> Tensor:
+    """Floats of fewer than 8 bits: fp32.
+
+    Exponent and mantissa, moved to where fp16 has them, are an fp16 that is too small by what
+    the biases differ.
+    """
+    wide, sign = codes.to(torch.int16), 1 << (kind.bits - 1)
+    half = (wide & (sign - 1)) << (10 - kind.mantissa)
+    half |= (wide & sign) << (16 - kind.bits)
     bias = 2 ** (kind.exponent - 1) - 1
-    digits = mantissa + (exponent > 0) * 2**kind.mantissa
-    magnitude = digits * 2.0 ** (exponent.clamp(min=1) - bias - kind.mantissa)
-    return torch.cat([magnitude, -magnitude])
+    return half.view(torch.float16).float().mul_(2.0 ** (15 - bias))
+
+
+@cache
+def _levels(code: str) -> Tensor:
+    """The levels of a codebook, fp32. Not to be written to."""
+    return torch.tensor(CODES[code].levels)
 
 
 @cache
 def _borders(code: str) -> Tensor:
     """Midpoints of a codebook's levels; a value on one goes down. Not to be written to."""
-    levels = _values(code)
+    levels = _levels(code)
     return (levels[1:] + levels[:-1]) / 2
 
 
