@@ -120,7 +120,8 @@ def result_of(form: PackedForm, spec_smooth: bool) -> QuantizedTensor:
         smooth=values(k) if form.smooth or (spec_smooth and branch) else None,
         lowrank=LowRank(values(form.rank, k), -values(n, form.rank)) if branch else None,
         shift=form.shift,
-        input_scale=values(1, dtype="F32").reshape(()) if form.input_scale else None,
+        # a power of two, which every runtime can hold
+        input_scale=values(1).float().log2().round().exp2()[0] if form.input_scale else None,
         zero=zero,
         rotation=form.rotation,
         codebook=values(16, dtype="F32").sort().values if spec.code == "lut4" else None,
