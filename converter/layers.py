@@ -57,10 +57,8 @@ def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
         return []
     try:
         if all(streams(layer, work.plan, bool(work.stats)) for layer in group):
-            return [
-                stream_layer(layer, work.plan, work.source, _biases(layer, work.source), work.files)
-                for layer in group
-            ]
+            stream = Stream(work.plan, work.source, work.options, work.files)
+            return [stream_layer(one, _biases(one, work.source), stream) for one in group]
         return _together(group, work)
     except DataError:
         _blame(group, work.source)

@@ -1,15 +1,16 @@
 """Layers quantized in blocks of rows that stay in the processor's cache.
 
-For targets whose layout is plain rows, and schemes that look at a weight once: read some rows,
-round, pack, write, measure; no weight is ever in memory as a whole. The bytes are those that
-layers.py gives.
+For layouts of plain rows, and schemes that look at a weight once: read some rows, rotate, round,
+pack, write, measure; no weight is ever in memory as a whole. The bytes are those that layers.py
+gives. Scales that all rows share take a pass over the weight beforehand.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,46 +20,72 @@ from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.form import PackedForm
-from dqconvert.quantizers import recipe, rtn
-from dqconvert.quantizers.spec import ALL, QuantSpec
-from dqconvert.quantizers.tensors import QuantizedTensor
+from dqconvert.formats.targets import Target
+from dqconvert.quantizers import hadamard, recipe, rtn
+from dqconvert.quantizers.recipe import RecipeOptions
+from dqconvert.quantizers.spec import ALL, BLOCK, QuantSpec, Scheme
+from dqconvert.quantizers.tensors import LinearProblem
+
+ALIGNMENT = 128
+"""Rows of a block are a multiple of this: the tallest tile of scales, in any layout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What the blocks of a layer share: the plan, where rows come from and where they go."""
+
+    plan: Plan
+    source: CanonicalSource
+    options: RecipeOptions
+    files: FileSet
 
 
 def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
     """Whether a layer can go in blocks of rows."""
-    form = layer.form
+    form, scheme = layer.form, layer.scheme or plan.scheme
     return (
-        plan.target.ROWS
-        and not plan.scheme.steps
-        and not calibrated
-        and form is not None
+        form is not None
         and layer.columns is None
-        and form.spec.tensor_scale is None
+        and not calibrated
+        and not {"smooth", "lowrank"} & set(scheme.steps)
+        and not (scheme.shared and _whole(form.spec))
+        and form.spec.code != "lut4"  # its codebook is decided by the weight as a whole
+        and form.parts * bool(form.spec.tensor_scale) < 2  # each part has a tensor scale
+        and _in_rows(plan.target, form)
     )
 
 
-def stream_layer(
-    layer: LayerPlan, plan: Plan, source: CanonicalSource, bias: Tensor | None, writer: FileSet
-) -> LayerReport:
+def _in_rows(target: Target, form: PackedForm) -> bool:
+    ask = getattr(target, "rows", None)
+    return bool(ask(form)) if ask else bool(getattr(target, "ROWS", False))
+
+
+def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Stream) -> LayerReport:
     """Quantize and write one layer; what its packed bytes give back is what is reported.
 
     bias: [N] or None. Raises DataError on NaN or infinity.
     """
     assert layer.form is not None
     start = time.perf_counter()
-    spec = layer.form.spec
-    names = [f"{module}.weight" for module in layer.modules]
-    whole = _whole_scale(layer.form, source, names)
+    target, scheme = work.plan.target, layer.scheme or work.plan.scheme
+    scheme = _data_free(layer.form, target, scheme)
+    ceiling = _ceiling(layer, work.source) if _whole(layer.form.spec) else None
+    steps = _steps(layer.form, target)
     off = total = 0.0
-    for rows in spec.row_blocks(layer.form.shape):
-        weight = source.stack(names, rows).float()
-        q = rtn.quantize(weight, spec) if whole is None else _under(weight, whole, spec)
-        q = replace(q, bias=None if bias is None else bias[slice(*rows)])
+    for rows in _blocks(layer.form.shape):
+        weight = work.source.stack(_names(layer), rows).float()
+        own = None if bias is None else bias[slice(*rows)]
+        problem = LinearProblem(weight, own, rotation=layer.form.rotation, ceiling=ceiling)
+        (q,) = recipe.quantize_group([problem], scheme, work.options)
         form = replace(layer.form, shape=(rows[1] - rows[0], layer.form.shape[1]))
-        packed = plan.target.pack(form, q)
+        packed = target.pack(form, q)
         for suffix, tensor in packed.items():
-            _write(f"{layer.name}.{suffix}", tensor, rows, layer, writer)
-        errors = recipe.squared_error(plan.target.unpack(form, packed), weight)
+            place = rows[0] // ALIGNMENT * steps[suffix]
+            if steps[suffix]:
+                work.files.write(f"{layer.name}.{suffix}", tensor, place)
+            elif rows[0] == 0:
+                work.files.write(f"{layer.name}.{suffix}", tensor)
+        errors = recipe.squared_error(target.unpack(form, packed), weight)
         off, total = off + errors[0], total + errors[1]
     return LayerReport(
         name=layer.name,
@@ -67,31 +94,51 @@ def stream_layer(
         nbytes=layer.nbytes,
         weight_error=math.sqrt(off / total if total else off),
         seconds=time.perf_counter() - start,
-        scheme=(layer.scheme or plan.scheme).name,
+        scheme=scheme.name,
     )
 
 
-def _write(
-    name: str, tensor: Tensor, rows: tuple[int, int], layer: LayerPlan, writer: FileSet
-) -> None:
-    """Rows of a tensor into their place; what does not depend on rows, with the first block."""
-    shape = layer.outputs[name].shape
-    if shape and layer.form is not None and shape[0] == layer.form.shape[0]:
-        writer.write(name, tensor, rows[0])
-    elif rows[0] == 0:
-        writer.write(name, tensor)
+def _blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Rows start .. stop in blocks of about BLOCK weights."""
+    step = ALIGNMENT * max(1, BLOCK // (ALIGNMENT * max(shape[1], 1)))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
 
 
-def _whole_scale(form: PackedForm, source: CanonicalSource, names: list[str]) -> Tensor | None:
-    """The scale that all rows share, from a first pass over the weight; None if they have own."""
-    if form.spec.tile[0] != ALL:
-        return None
-    tops = [
-        rtn.absmax(source.stack(names, rows), form.spec)
-        for rows in form.spec.row_blocks(form.shape)
-    ]
-    return rtn.first_scales(torch.stack(tops).amax(0), form.spec, None)
+def _steps(form: PackedForm, target: Target) -> dict[str, int]:
+    """Rows of each packed tensor that ALIGNMENT rows of the weight make; 0 where rows are none."""
+    one, two = (
+        target.promise(replace(form, shape=(rows, form.shape[1])))
+        for rows in (ALIGNMENT, 2 * ALIGNMENT)
+    )
+    return {
+        suffix: info.shape[0] if info.shape != two[suffix].shape else 0
+        for suffix, info in one.items()
+    }
 
 
-def _under(weight: Tensor, scale: Tensor, spec: QuantSpec) -> QuantizedTensor:
-    return QuantizedTensor(spec, rtn.encode(weight, scale, None, spec), scale)
+def _names(layer: LayerPlan) -> list[str]:
+    return [f"{module}.weight" for module in layer.modules]
+
+
+def _whole(spec: QuantSpec) -> bool:
+    """Whether a scale belongs to all rows."""
+    return spec.tensor_scale is not None or (spec.tile[0] == ALL and not spec.unit)
+
+
+def _ceiling(layer: LayerPlan, source: CanonicalSource) -> Tensor:
+    """The largest magnitude of a weight as it is rounded, [] fp32."""
+    assert layer.form is not None
+    tops = []
+    for rows in _blocks(layer.form.shape):
+        block = source.stack(_names(layer), rows)
+        if layer.form.rotation:
+            block = hadamard.rotate(block, layer.form.rotation)
+        tops.append(rtn.absmax(block, QuantSpec(layer.form.spec.code, (ALL, ALL))).amax())
+    return torch.stack(tops).amax()
+
+
+def _data_free(form: PackedForm, target: Target, scheme: Scheme) -> Scheme:
+    """The scheme with what the layer is: adaLN linears may have a format of their own."""
+    weight = scheme.modulation if form.splits and scheme.modulation else scheme.weight
+    return replace(scheme, weight=weight, activation=target.activation(form, scheme))

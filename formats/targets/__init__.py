@@ -8,7 +8,6 @@ A target module holds
     ROLES                       {role of a linear: "weight" | "modulation"}; others are kept
     PARTIAL                     whether single linears may stay unquantized
     FOLDER                      folder of the weights and the config inside the output, "" for none
-    ROWS                        whether a layer packed in blocks of rows gives the same bytes
     accepts(scheme)             None, or why the runtime has no layout for this scheme
     layouts(scheme)             names of its layouts for this scheme, the default first
     adapt(scheme, layout)       the scheme as the runtime needs it (dtypes of scales, activations)
@@ -16,6 +15,8 @@ A target module holds
                                 calibrated) or "required"
     problem(form)               None, or why this layer cannot be packed
     shift(form)                 the constant that the runtime adds to inputs behind a GELU
+    rows(form)                  whether packing it in blocks of rows, multiples of 128 but the
+                                last, gives the same bytes
     activation(form, scheme)    what the runtime makes of the layer's inputs, None: nothing
     promise(form)               {suffix: TensorInfo} of a packed layer, without torch
     pack(form, q), unpack(form, tensors)      logical result <-> {suffix: tensor}
@@ -74,7 +75,6 @@ class Target(Protocol):
     KEEP_DTYPE: str | None
     ROLES: Mapping[str, str]
     PARTIAL: bool
-    ROWS: bool
     FOLDER: str
 
     def accepts(self, scheme: Scheme) -> str | None: ...
@@ -88,6 +88,8 @@ class Target(Protocol):
     def problem(self, form: PackedForm) -> str | None: ...
 
     def shift(self, form: PackedForm) -> float: ...
+
+    def rows(self, form: PackedForm) -> bool: ...
 
     def activation(self, form: PackedForm, scheme: Scheme) -> QuantSpec | None: ...
 
