@@ -20,7 +20,7 @@ from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import SafetensorsSource
-from dqconvert.formats.targets import Recognized, Target, recognize
+from dqconvert.formats.targets import Recognized, Target, recognize, targets
 from dqconvert.quantizers.errors import SourceError
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ class PackedLayer:
 class Reopened:
     """A file that one of our targets knows.
 
-    source, target, recognized, family; config: the config.json beside it, {} without; manifest:
-    what dqconvert.json beside it says.
+    source, target, recognized, family; config: the config.json beside it, {} without; root: the
+    folder of the output; manifest: what dqconvert.json there says.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class Reopened:
         self.recognized, self.family = recognized, family
         self.config = config
         self.path = source.files[0]
-        self.manifest = read_manifest(self.path.parent / manifest.NAME)
+        self.root = self.path.parent
+        if target.FOLDER and self.root.name == target.FOLDER:
+            self.root = self.root.parent
+        self.manifest = read_manifest(self.root / manifest.NAME)
 
     @cached_property
     def layers(self) -> tuple[PackedLayer, ...]:
@@ -124,6 +127,11 @@ class Reopened:
         """Tensors of the file that no model of this family has."""
         required, optional = expected(self.family, self.names())
         return sorted(self.kept[name][0] for name in self.kept.keys() - required - optional)
+
+    def unpacked(self) -> list[str]:
+        """Canonical linears of blocks that are there, but not quantized."""
+        names = (name.removesuffix(".weight") for name in self.kept if name.endswith(".weight"))
+        return [name for name in names if self.family.linear(name)]
 
     def problems(self) -> list[str]:
         """What is wrong with the file by its header and its name."""
@@ -197,7 +205,12 @@ def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
 def _source(path: Path) -> tuple[SafetensorsSource, Mapping[str, Any]]:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    files = (path,) if path.is_file() else tuple(sorted(path.glob("*.safetensors")))
+    places = (
+        path,
+        *(path / name for name in sorted({t.FOLDER for t in targets().values()} - {""})),
+    )
+    found = (tuple(sorted(place.glob("*.safetensors"))) for place in places)
+    files = (path,) if path.is_file() else next((some for some in found if some), ())
     if not files:
         raise SourceError(f"{path}: holds no .safetensors file")
     config = files[0].parent / "config.json"
