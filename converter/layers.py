@@ -13,7 +13,7 @@ from dqconvert.converter.canonical import CanonicalSource, compose
 from dqconvert.converter.family import fill, leaves
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
-from dqconvert.converter.streaming import stream_layer, streams
+from dqconvert.converter.streaming import Stream, stream_layer, streams
 from dqconvert.formats.fileset import FileSet
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DataError
