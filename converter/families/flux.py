@@ -252,5 +252,8 @@ FAMILY = Family(
     dialects={"diffusers": (), "original": _ORIGINAL, "nunchaku": _NUNCHAKU},
     config_of=_config_of,
     facts=_facts,
+    policies={"sglang": {"modulation": None}, "vllm": {"modulation": None}},
+    # The 8 bit layers of ConvRot's mix (2512.03673, table 8).
+    sensitive=(f"{_DOUBLE}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=_FOLDS,
 )

@@ -1,0 +1,75 @@
+"""Tiny models of every family, with a forward pass in any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """diffusers' own model with large random weights, none of them zero."""
+    import diffusers
+
+    said = dict(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = getattr(diffusers, said.pop("_class_name"))(**said)
+        for tensor in model.parameters():
+            tensor.data += 0.1 * torch.randn_like(tensor)
+    return model.to(dtype).eval()
+
+
+def forward(model: Any) -> Tensor:
+    """What the model makes of fixed noise."""
+    rng = torch.Generator().manual_seed(1)
+    dtype = next(model.parameters()).dtype
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+    with torch.no_grad():
+        found = _INPUTS[type(model).__name__](model, noise)[0]
+    return torch.stack(list(found)) if isinstance(found, list) else found
+
+
+def _qwen_image(model: Any, noise: Callable[..., Tensor]) -> Any:
+    return model(
+        hidden_states=noise(1, 6, model.config.in_channels),
+        encoder_hidden_states=noise(1, 5, model.config.joint_attention_dim),
+        encoder_hidden_states_mask=torch.ones(1, 5, dtype=torch.bool),
+        timestep=noise(1).abs(),
+        img_shapes=[[(1, 2, 3)]],
+        return_dict=False,
+        **({"additional_t_cond": torch.tensor([1])} if model.config.use_additional_t_cond else {}),
+    )
+
+
+def _wan(model: Any, noise: Callable[..., Tensor]) -> Any:
+    width, places = model.config.image_dim, model.config.pos_embed_seq_len
+    images = noise(2, places // 2, width) if places else noise(1, 6, width or 1)
+    return model(
+        hidden_states=noise(1, model.config.in_channels, 2, 4, 4),
+        timestep=torch.tensor([400]),
+        encoder_hidden_states=noise(1, 512, model.config.text_dim),
+        encoder_hidden_states_image=images if width else None,
+        return_dict=False,
+    )
+
+
+def _z_image(model: Any, noise: Callable[..., Tensor]) -> Any:
+    return model(
+        x=[noise(model.config.in_channels, 1, 4, 4)],
+        t=noise(1).abs(),
+        cap_feats=[noise(5, model.config.cap_feat_dim)],
+        return_dict=False,
+    )
+
+
+_INPUTS: Mapping[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
+    "QwenImageTransformer2DModel": _qwen_image,
+    "WanTransformer3DModel": _wan,
+    "ZImageTransformer2DModel": _z_image,
+}
