@@ -27,6 +27,8 @@ and, only where a runtime wants it,
 
     misnamed(name, recognized)  None, or what is wrong with a file's name
     files(context, names)       {file: names of its tensors} where there are several
+    extras(context)             {name: TensorInfo} of tensors that belong to no layer
+    extra_tensors(context)      {name: tensor} of them
     SETTINGS                    {name: allowed values}: what the user may say of this target alone
 """
 
@@ -57,13 +59,15 @@ class Recognized:
     """A file that a target wrote: its packed layers by name, and what it says of itself.
 
     forms lack what only the family knows (splits, shift, parts): the converter adds them.
-    problems: what is wrong with the file, one line each, naming the tensor.
+    problems: what is wrong with the file, one line each, naming the tensor. extras: tensors that
+    belong to the file as a whole.
     """
 
     scheme: str | None
     rank: int
     forms: Mapping[str, PackedForm]
     problems: tuple[str, ...] = field(default=())
+    extras: tuple[str, ...] = ()
 
 
 class Target(Protocol):
