@@ -51,8 +51,8 @@ def quantize_activation(
 def apply(q: QuantizedTensor, x: Tensor, activation: QuantSpec | None) -> Tensor:
     """The runtime's output [T, N] for raw inputs x [T, K]."""
     x = x.float()
-    entering = _entering(x + q.shift if q.shift else x, q)
-    seen = quantize_activation(entering, activation, bool(q.shift), q.input_scale)
+    seen = entering(x + q.shift if q.shift else x, q)
+    seen = quantize_activation(seen, activation, bool(q.shift), q.input_scale)
     y = seen @ rtn.dequantize(q).T
     if q.lowrank is not None:
         y += (x @ q.lowrank.down.float().T) @ q.lowrank.up.float().T
@@ -68,7 +68,7 @@ def shift_surplus(q: QuantizedTensor) -> Tensor | None:
     if not q.shift:
         return None
     shift = q.codes.new_full(q.codes.shape[1:], q.shift, dtype=torch.float32)
-    return rtn.dequantize(q) @ _entering(shift, q)
+    return rtn.dequantize(q) @ entering(shift, q)
 
 
 def take_rows(q: QuantizedTensor, start: int, stop: int) -> QuantizedTensor:
@@ -101,6 +101,6 @@ def effective_weight(q: QuantizedTensor) -> Tensor:
     return weight if q.lowrank is None else weight + product(q.lowrank)
 
 
-def _entering(x: Tensor, q: QuantizedTensor) -> Tensor:
+def entering(x: Tensor, q: QuantizedTensor) -> Tensor:
     """An input [..., K] fp32 as it enters the main path: divided by smooth, then rotated."""
     return rotate(x if q.smooth is None else x / q.smooth.float(), q.rotation)

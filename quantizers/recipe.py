@@ -1,6 +1,6 @@
-"""The steps of a scheme, in order: smooth, split off the low-rank branch, round the rest.
+"""The steps of a scheme, in order: smooth, split off the low-rank branch, rotate, round the rest.
 
-A group is the linears that share a smooth vector. Everything that is chosen (smooth vector,
+A group is the linears that read one input. Everything that is chosen (smooth vector,
 iterate of the low-rank branch, rounding) is chosen by the layer's output error on held rows when
 calibration ran, by the weight's error otherwise, and the plain choice is always among the
 candidates.
@@ -11,22 +11,36 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers import gptq, lowrank, rtn, smoothing
-from dqconvert.quantizers.forward import apply, effective_weight, row_blocks, shift_surplus
+from dqconvert.quantizers import lowrank, rtn, smoothing
+from dqconvert.quantizers.forward import (
+    apply,
+    effective_weight,
+    entering,
+    row_blocks,
+    shift_surplus,
+)
+from dqconvert.quantizers.hadamard import rotate
+from dqconvert.quantizers.rounding import Aim, Inputs, candidates
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
-from dqconvert.quantizers.tensors import LinearProblem, LowRank, QuantizedTensor
+from dqconvert.quantizers.tensors import (
+    TORCH_DTYPES,
+    LinearProblem,
+    LowRank,
+    QuantizedTensor,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
     """What a user may change of a scheme.
 
-    rank: of the low-rank branch; rounding: "rtn" or "gptq" (needs second moments, else rtn);
-    smooth: "auto", "off" or an exponent; refinements: rounds of residual-aware refinement of
+    rank: of the low-rank branch; rounding: "rtn", "mse" or "gptq" (needs second moments, else
+    rtn); smooth: "auto", "off" or an exponent; refinements: rounds of residual-aware refinement of
     the low-rank branch.
     """
 
@@ -39,40 +53,68 @@ class RecipeOptions:
 def quantize_group(
     problems: Sequence[LinearProblem], scheme: Scheme, options: RecipeOptions
 ) -> list[QuantizedTensor]:
-    """Quantize linears [N, K] that share one smooth vector by a scheme's steps.
+    """Quantize linears [N, K] that read one input by a scheme's steps.
 
-    Raises DataError on NaN or infinity.
+    They share the smooth vector, and tensor-wide scales where the scheme says so. Raises DataError
+    on NaN or infinity.
     """
     smooth = None
     if "smooth" in scheme.steps:
         smooth = _smooth(problems, scheme, options)
-    return [quantize_linear(problem, scheme, options, smooth) for problem in problems]
+    if scheme.shared:
+        problems = _under_one_ceiling(problems, scheme, smooth)
+    seen: dict[int, Inputs] = {}
+    found = []
+    for problem in problems:
+        inputs = _inputs(problem, smooth)
+        if inputs is not None:
+            inputs = seen.setdefault(id(problem.stats), inputs)
+        found.append(quantize_linear(problem, scheme, options, smooth, inputs))
+    return found
 
 
 def quantize_linear(
-    problem: LinearProblem, scheme: Scheme, options: RecipeOptions, smooth: Tensor | None = None
+    problem: LinearProblem,
+    scheme: Scheme,
+    options: RecipeOptions,
+    smooth: Tensor | None = None,
+    inputs: Inputs | None = None,
 ) -> QuantizedTensor:
-    """Quantize one linear under a given smooth vector [K] (None: the format has none)."""
+    """Quantize one linear under a given smooth vector [K] (None: the format has none).
+
+    inputs: what is known of its input under that vector; shared by the linears that read it.
+    """
+    inputs = inputs or _inputs(problem, smooth)
     activation = scheme.activation
+    aim = Aim(scheme.weight, options.rounding, "clip" in scheme.steps, activation is None)
+    judge = _Judge(problem, activation)
     if "lowrank" not in scheme.steps:
-        return _rounded(problem, scheme.weight, options, smooth, activation)
+        weight = _entered(problem.weight, smooth, problem.rotation)
+        for q in candidates(weight, problem, aim, inputs):
+            judge.hear(_finish(problem, q, smooth, None, activation))
+        return judge.best
     assert smooth is not None
     rtn.absmax(problem.weight, scheme.weight)  # refuses NaN, which a decomposition would not name
     problem = replace(problem, weight=problem.weight.float())
-    best = _refine(problem, scheme, options, smooth)
-    if not _moments(problem, options):
-        return best[1]
-    branch = best[1].lowrank
+    _refine(problem, scheme, options, smooth, judge)
+    branch = judge.best.lowrank
     assert branch is not None
-    q = _learned(problem, _residual(problem.weight, branch, smooth), scheme.weight, smooth)
-    return _better(best, _finish(problem, q, smooth, branch, activation), problem, activation)[1]
+    rest = _residual(problem, branch, smooth)
+    for q in islice(candidates(rest, problem, aim, inputs), 1, None):  # the first one was heard
+        judge.hear(_finish(problem, q, smooth, branch, activation))
+    return judge.best
 
 
 def quantize_modulation(
     problem: LinearProblem, spec: QuantSpec, options: RecipeOptions
 ) -> QuantizedTensor:
     """Quantize an adaLN modulation linear, whose input stays in 16 bit."""
-    return _rounded(problem, spec, options, None, None)
+    judge = _Judge(problem, None)
+    aim = Aim(spec, options.rounding, weight_only=True)
+    weight = _entered(problem.weight, None, problem.rotation)
+    for q in candidates(weight, problem, aim, _inputs(problem, None)):
+        judge.hear(_finish(problem, q, None, None, None))
+    return judge.best
 
 
 def weight_error(q: QuantizedTensor, weight: Tensor) -> float:
@@ -131,53 +173,48 @@ def _smooth(problems: Sequence[LinearProblem], scheme: Scheme, options: RecipeOp
 
 
 def _refine(
-    problem: LinearProblem, scheme: Scheme, options: RecipeOptions, smooth: Tensor
-) -> tuple[float, QuantizedTensor]:
-    """L_0 = SVD(W), L_(k+1) = SVD(W - Q(W - L_k)) of the smoothed weight; the best, with RTN."""
-    best: tuple[float, QuantizedTensor] | None = None
+    problem: LinearProblem, scheme: Scheme, options: RecipeOptions, smooth: Tensor, judge: _Judge
+) -> None:
+    """L_0 = SVD(W), L_(k+1) = SVD(W - Q(W - L_k)) of the smoothed weight, with nearest codes."""
     rest = problem.weight * smooth
     for _ in range(options.refinements + 1):
         branch = lowrank.branch(rest, options.rank, smooth)
-        rest = _residual(problem.weight, branch, smooth)
-        q = rtn.quantize(rest, scheme.weight, problem.parts)
-        candidate = _finish(problem, q, smooth, branch, scheme.activation)
-        best = _better(best, candidate, problem, scheme.activation)
-        rest = rtn.dequantize(q).neg_().addcmul_(problem.weight, smooth)
-    assert best is not None
-    return best
+        left = _residual(problem, branch, smooth)
+        q = rtn.quantize(left, scheme.weight, problem.parts, problem.ceiling)
+        judge.hear(_finish(problem, q, smooth, branch, scheme.activation))
+        back = rotate(rtn.dequantize(q), problem.rotation)
+        rest = back.neg_().addcmul_(problem.weight, smooth)
 
 
-def _residual(weight: Tensor, branch: LowRank, smooth: Tensor) -> Tensor:
-    """(W - up down) diag(s), [N, K] fp32: what is left to be rounded."""
-    return (weight * smooth).addmm_(branch.up.float(), branch.down.float() * smooth, alpha=-1)
+def _residual(problem: LinearProblem, branch: LowRank, smooth: Tensor) -> Tensor:
+    """(W - up down) diag(s), rotated, [N, K] fp32: what is left to be rounded."""
+    rest = problem.weight * smooth
+    rest = rest.addmm_(branch.up.float(), branch.down.float() * smooth, alpha=-1)
+    return rotate(rest, problem.rotation)
 
 
-def _rounded(
-    problem: LinearProblem,
-    spec: QuantSpec,
-    options: RecipeOptions,
-    smooth: Tensor | None,
-    activation: QuantSpec | None,
-) -> QuantizedTensor:
-    """A weight without a low-rank branch, to nearest or by GPTQ, whichever errs less."""
-    weight = problem.weight if smooth is None else problem.weight.float() * smooth
-    q = rtn.quantize(weight, spec, problem.parts)
-    plain = _finish(problem, q, smooth, None, activation)
-    if not _moments(problem, options):
-        return plain
-    learned = _finish(problem, _learned(problem, weight, spec, smooth), smooth, None, activation)
-    return _better(_better(None, plain, problem, activation), learned, problem, activation)[1]
+def _entered(weight: Tensor, smooth: Tensor | None, rotation: int) -> Tensor:
+    """W diag(s), rotated: [N, K], as it is where neither is asked for."""
+    weight = weight if smooth is None else weight.float() * smooth
+    return rotate(weight, rotation) if rotation else weight
 
 
-def _learned(
-    problem: LinearProblem, weight: Tensor, spec: QuantSpec, smooth: Tensor | None
-) -> QuantizedTensor:
-    """GPTQ of a weight that is already in the smoothed basis, of a problem with second moments."""
-    assert problem.stats is not None and problem.stats.second_moment is not None
-    moment = problem.stats.second_moment
-    if smooth is not None:
-        moment = moment / smooth[:, None] / smooth[None, :]
-    return gptq.quantize(weight, gptq.inverse_factor(moment), spec, problem.parts)
+def _inputs(problem: LinearProblem, smooth: Tensor | None) -> Inputs | None:
+    return None if problem.stats is None else Inputs(problem.stats, smooth, problem.rotation)
+
+
+def _under_one_ceiling(
+    problems: Sequence[LinearProblem], scheme: Scheme, smooth: Tensor | None
+) -> list[LinearProblem]:
+    """The linears with the largest magnitude among all their weights for a ceiling."""
+    tops = [
+        rtn.absmax(_entered(problem.weight, smooth, problem.rotation), scheme.weight).amax()
+        for problem in problems
+        if problem.weight.numel()
+    ]
+    tops += [problem.ceiling for problem in problems if problem.ceiling is not None]
+    top = torch.stack([top.float() for top in tops]).amax() if tops else None
+    return [replace(problem, ceiling=top) for problem in problems]
 
 
 def _finish(
@@ -191,39 +228,67 @@ def _finish(
 
     The bias loses exactly what the shift adds to the main path.
     """
+    q = replace(q, smooth=smooth, shift=problem.shift, rotation=problem.rotation)
     bias = problem.bias
-    surplus = shift_surplus(replace(q, smooth=smooth, shift=problem.shift))
+    surplus = shift_surplus(q)
     if surplus is not None:
         bias = (0.0 if bias is None else bias.float()) - surplus
-    scale = None
-    if activation is not None and activation.tile == (ALL, ALL) and problem.stats is not None:
-        top = problem.stats.absmax.amax()
-        scale = torch.where(top > 0, top / activation.maximum, torch.ones_like(top))
-    return replace(
-        q, bias=bias, smooth=smooth, lowrank=branch, shift=problem.shift, input_scale=scale
-    )
+    scale = _input_scale(problem, q, activation)
+    return replace(q, bias=bias, lowrank=branch, input_scale=scale)
 
 
-def _better(
-    best: tuple[float, QuantizedTensor] | None,
-    q: QuantizedTensor,
-    problem: LinearProblem,
-    activation: QuantSpec | None,
-) -> tuple[float, QuantizedTensor]:
-    """The candidate with the smaller error; the earlier one wins a tie."""
-    if problem.stats is None:
-        error = weight_error(q, problem.weight)
+def _input_scale(
+    problem: LinearProblem, q: QuantizedTensor, activation: QuantSpec | None
+) -> Tensor | None:
+    """The static scale [] of activations that have one for all, if calibration ran."""
+    if activation is None or problem.stats is None:
+        return None
+    limit = activation.maximum
+    if activation.tensor_scale is not None:
+        limit *= torch.finfo(TORCH_DTYPES[activation.scale]).max
+    elif activation.tile != (ALL, ALL):
+        return None
+    stats = problem.stats
+    if problem.rotation and len(stats.rows):
+        top = entering(stats.rows.float() + q.shift, q).abs().amax()
     else:
-        error = output_error(q, problem, activation)
-    return (error, q) if best is None or error < best[0] else best
+        absmax = stats.absmax.float() + abs(q.shift)
+        top = (absmax if q.smooth is None else absmax / q.smooth).amax()
+        top = top * math.sqrt(max(problem.rotation, 1))
+    return torch.where(top > 0, top / limit, torch.ones_like(top))
 
 
-def _moments(problem: LinearProblem, options: RecipeOptions) -> bool:
-    return (
-        options.rounding == "gptq"
-        and problem.stats is not None
-        and problem.stats.second_moment is not None
-    )
+class _Judge:
+    """Keeps the candidate for a layer with the smaller error; the earlier one wins a tie."""
+
+    def __init__(self, problem: LinearProblem, activation: QuantSpec | None) -> None:
+        self._problem, self._activation = problem, activation
+        self._best: tuple[float, QuantizedTensor] | None = None
+        self._only: QuantizedTensor | None = None
+
+    @property
+    def best(self) -> QuantizedTensor:
+        """The best one so far."""
+        if self._best is not None:
+            return self._best[1]
+        assert self._only is not None
+        return self._only
+
+    def hear(self, q: QuantizedTensor) -> None:
+        """Consider a candidate; a single one is never measured."""
+        if self._only is None:
+            self._only = q
+            return
+        if self._best is None:
+            self._best = self._error(self._only), self._only
+        error = self._error(q)
+        if error < self._best[0]:
+            self._best = error, q
+
+    def _error(self, q: QuantizedTensor) -> float:
+        if self._problem.stats is None:
+            return weight_error(q, self._problem.weight)
+        return output_error(q, self._problem, self._activation)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

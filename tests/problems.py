@@ -52,6 +52,12 @@ def problem_of(
     return LinearProblem(weight, bias, shift=shift, stats=stats_of(x) if calibrated else None)
 
 
+def problem_for(scheme: Scheme, seed: int = 0, calibrated: bool = True) -> LinearProblem:
+    """A problem of a scheme, rotated in groups of 64 where the scheme rotates."""
+    problem = problem_of(seed=seed, calibrated=calibrated)
+    return replace(problem, rotation=64 if scheme.rotation else 0)
+
+
 def options_of(scheme: Scheme, **words: object) -> RecipeOptions:
     rank = 8 if "lowrank" in scheme.steps else 0
     return replace(RecipeOptions(rank=rank, refinements=1), **words)  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def test_the_effective_weight_is_the_formula(scheme: Scheme) -> None:
 
 @every_scheme
 def test_without_activation_rounding_the_forward_is_the_effective_weight(scheme: Scheme) -> None:
-    problem = problem_of()
+    problem = problems.problem_for(scheme)
     (q,) = recipe.quantize_group([problem], scheme, options_of(scheme))
     assert problem.stats is not None and q.bias is not None
     x = problem.stats.rows

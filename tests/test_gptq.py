@@ -28,6 +28,14 @@ every_spec = pytest.mark.parametrize(
 )
 
 
+def learned(
+    weight: Tensor, upper: Tensor, spec: QuantSpec, parts: tuple[int, ...] = ()
+) -> QuantizedTensor:
+    """GPTQ with scales from absolute maxima, set as groups are entered."""
+    start = rtn.quantize(weight, spec, parts)
+    return gptq.quantize(weight, upper, start, gptq.absmax_refit(start))
+
+
 def moment(columns: int, seed: int, rows: int = 0) -> Tensor:
     """XᵀX of strongly correlated inputs, some channels far larger than others."""
     rng = torch.Generator().manual_seed(seed)
@@ -111,7 +119,7 @@ def test_equal_to_the_textbook(spec: QuantSpec, columns: int) -> None:
     h = moment(columns, columns)
     weight = weight_of(24, columns, 5)
     upper = upper_of(h)
-    q = gptq.quantize(weight, upper.float(), spec)
+    q = learned(weight, upper.float(), spec)
     codes, back = textbook(weight, upper, spec)
     equal = (element.decode(q.codes, spec.code) == codes).all(1)
     assert float(equal.double().mean()) >= 0.9
@@ -136,7 +144,7 @@ def test_uncorrelated_inputs_make_it_round_to_nearest(spec: QuantSpec) -> None:
     weight = weight_of(9, columns, 1)
     weight[3] = 0
     for diagonal in (torch.ones(columns), torch.linspace(0.1, 9, columns)):
-        q = gptq.quantize(weight, gptq.inverse_factor(torch.diag(diagonal)), spec)
+        q = learned(weight, gptq.inverse_factor(torch.diag(diagonal)), spec)
         want = rtn.quantize(weight, spec)
         assert torch.equal(rtn.dequantize(q), rtn.dequantize(want))
         assert torch.equal(q.scale.float(), want.scale.float())
@@ -149,7 +157,7 @@ def test_never_a_larger_loss_than_rounding_to_nearest(spec: QuantSpec, seed: int
     columns = 400 if spec is WIDE else 192
     h, weight = moment(columns, seed), weight_of(40, columns, seed)
     before = weight.clone(), h.clone()
-    q = gptq.quantize(weight, gptq.inverse_factor(h.float()), spec)
+    q = learned(weight, gptq.inverse_factor(h.float()), spec)
     plain = rtn.quantize(weight, spec)
     assert loss(rtn.dequantize(q), weight, h) < 0.8 * loss(rtn.dequantize(plain), weight, h)
     assert torch.equal(weight, before[0]) and torch.equal(h, before[1]), "changed in place"
@@ -158,7 +166,7 @@ def test_never_a_larger_loss_than_rounding_to_nearest(spec: QuantSpec, seed: int
 def test_bf16_weights_and_moments_are_not_changed() -> None:
     weight, h = weight_of(4, 64, 1).bfloat16(), moment(64, 1).float()
     before = weight.clone(), h.clone()
-    gptq.quantize(weight, gptq.inverse_factor(h), INT4_GROUP64)
+    learned(weight, gptq.inverse_factor(h), INT4_GROUP64)
     assert torch.equal(weight, before[0]) and torch.equal(h, before[1])
 
 
@@ -173,7 +181,7 @@ def test_dead_channels_are_left_alone(spec: QuantSpec) -> None:
     assert bool(torch.isfinite(upper).all())
     off = upper - torch.diag(upper.diagonal())
     assert not bool(off[dead].any()) and not bool(off[:, dead].any())
-    q = gptq.quantize(weight, upper, spec)
+    q = learned(weight, upper, spec)
     step = q.scale.float().repeat_interleave(128 // q.scale.shape[1], 1)
     away = (rtn.dequantize(q) - weight).abs()
     assert bool((away <= step / 2 * 1.001)[:, dead].all())
@@ -186,7 +194,7 @@ def test_fewer_samples_than_channels(rows: int) -> None:
     h, weight = moment(128, 4, rows), weight_of(16, 128, 4)
     upper = gptq.inverse_factor(h.float())
     assert bool(torch.isfinite(upper).all())
-    q = gptq.quantize(weight, upper, INT4_GROUP64)
+    q = learned(weight, upper, INT4_GROUP64)
     plain = rtn.dequantize(rtn.quantize(weight, INT4_GROUP64))
     assert loss(rtn.dequantize(q), weight, h) < loss(plain, weight, h)
 
@@ -194,7 +202,7 @@ def test_fewer_samples_than_channels(rows: int) -> None:
 def test_nothing_known_of_the_input_makes_it_round_to_nearest() -> None:
     weight = weight_of(4, 64, 1)
     upper = gptq.inverse_factor(torch.zeros(64, 64))
-    q = gptq.quantize(weight, upper, INT4_GROUP64)
+    q = learned(weight, upper, INT4_GROUP64)
     assert torch.equal(q.codes, rtn.quantize(weight, INT4_GROUP64).codes)
 
 
@@ -215,16 +223,16 @@ def test_a_weight_that_is_no_number_is_refused() -> None:
     weight = weight_of(4, 64, 1)
     weight[1, 1] = math.nan
     with pytest.raises(DataError, match="NaN or infinity"):
-        gptq.quantize(weight, torch.eye(64), INT4_GROUP64)
+        learned(weight, torch.eye(64), INT4_GROUP64)
 
 
 def test_parts_keep_their_own_tensor_scales() -> None:
     h, sizes = moment(64, 2), (3, 5)
     upper = gptq.inverse_factor(h.float())
     parts = [weight_of(n, 64, n) * gain for n, gain in zip(sizes, (1.0, 90.0), strict=True)]
-    whole = gptq.quantize(torch.cat(parts), upper, NVFP4_BF16, sizes)
+    whole = learned(torch.cat(parts), upper, NVFP4_BF16, sizes)
     assert whole.tensor_scale is not None and whole.tensor_scale.shape == (8,)
     for part, cut in zip(parts, (slice(0, 3), slice(3, 8)), strict=True):
-        alone: QuantizedTensor = gptq.quantize(part, upper, NVFP4_BF16)
+        alone: QuantizedTensor = learned(part, upper, NVFP4_BF16)
         assert torch.equal(whole.codes[cut], alone.codes)
         assert torch.equal(whole.scale[cut].float(), alone.scale.float())

@@ -1,0 +1,146 @@
+"""The ways to round a weight, from what is known of its inputs: candidates for the recipe to judge.
+
+    rtn     scales from absolute maxima, nearest codes
+    mse     scales by squared error, weighted by the mean squares of the inputs where known
+    gptq    both, and GPTQ from both; it needs the inputs' second moment
+
+Rounding to nearest is always the first candidate, so that the best one is never worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dqconvert.quantizers import gptq, mse, rtn
+from dqconvert.quantizers.hadamard import rotate
+from dqconvert.quantizers.spec import QuantSpec
+from dqconvert.quantizers.tensors import LayerStats, LinearProblem, QuantizedTensor
+
+ROUNDINGS = ("rtn", "mse", "gptq")
+
+
+class Inputs:
+    """What the main path of a linear sees: inputs divided by smooth, then rotated.
+
+    Made once for the linears that read one input, so that its factors are computed once.
+    """
+
+    def __init__(self, stats: LayerStats, smooth: Tensor | None, rotation: int) -> None:
+        self._stats, self._smooth, self._rotation = stats, smooth, rotation
+
+    @cached_property
+    def moment(self) -> Tensor | None:
+        """The second moment [K, K] fp32, None where none was kept."""
+        moment = self._stats.second_moment
+        if moment is None:
+            return None
+        moment = moment.float()
+        if self._smooth is not None:
+            moment = moment / self._smooth[:, None] / self._smooth[None, :]
+        if self._rotation:
+            moment = rotate(rotate(moment, self._rotation).T.contiguous(), self._rotation)
+        return moment
+
+    @cached_property
+    def mean_square(self) -> Tensor:
+        """The mean square of each channel [K] fp32.
+
+        Where rotated channels are known by neither moment nor rows, the mean over their group.
+        """
+        stats = self._stats
+        if self.moment is not None:
+            return self.moment.diagonal().clamp(min=0)
+        if self._rotation and len(stats.rows):
+            rows = stats.rows.float() if self._smooth is None else stats.rows / self._smooth
+            return rotate(rows, self._rotation).square().mean(0)
+        square = stats.mean_square.float()
+        square = square if self._smooth is None else square / self._smooth.square()
+        if not self._rotation:
+            return square
+        groups = square.view(-1, self._rotation)
+        return groups.mean(1, keepdim=True).expand_as(groups).reshape(-1)
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """GPTQ's factor of the moment, [K, K] fp32."""
+        assert self.moment is not None
+        return gptq.inverse_factor(self.moment)
+
+    @cached_property
+    def loudest(self) -> tuple[Tensor, Tensor]:
+        """Channels [K] by falling mean square, and GPTQ's factor in that order."""
+        assert self.moment is not None
+        order = self.moment.diagonal().argsort(descending=True)
+        return order, gptq.inverse_factor(self.moment[order][:, order])
+
+    def blocks(self, width: int) -> Tensor | None:
+        """The second moment within each group of channels, [K/width, width, width]."""
+        if self.moment is None:
+            return None
+        groups = self.moment.shape[0] // width
+        tiles = self.moment.view(groups, width, groups, width)
+        return torch.stack([tiles[group, :, group] for group in range(groups)])
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What a weight is to become. clip: search scales by the output of each group; weight_only:
+    nothing rounds the inputs."""
+
+    spec: QuantSpec
+    rounding: str
+    clip: bool = False
+    weight_only: bool = False
+
+
+def candidates(
+    weight: Tensor, problem: LinearProblem, aim: Aim, inputs: Inputs | None
+) -> Iterator[QuantizedTensor]:
+    """Ways to round a weight [N, K] that is already smoothed and rotated, to nearest first.
+
+    problem: whose parts and ceiling count. At most two of them are by GPTQ.
+    """
+    spec, parts, ceiling = aim.spec, problem.parts, problem.ceiling
+    plain = rtn.quantize(weight, spec, parts, ceiling)
+    yield plain
+    learns = aim.rounding == "gptq" and inputs is not None and inputs.moment is not None
+    clips = aim.clip and inputs is not None and inputs.moment is not None
+    if not (clips or learns or aim.rounding == "mse"):
+        return
+    metric = None if inputs is None else inputs.mean_square
+    if clips and inputs is not None and spec.tile[0] == 1 and spec.tile[1] > 0:
+        metric = inputs.blocks(spec.tile[1])
+    fitted = mse.quantize(weight, spec, parts, ceiling, metric)
+    yield fitted
+    if learns and inputs is not None:
+        yield from _learned(weight, plain, fitted, inputs, aim)
+
+
+def _learned(
+    weight: Tensor, plain: QuantizedTensor, fitted: QuantizedTensor, inputs: Inputs, aim: Aim
+) -> Iterator[QuantizedTensor]:
+    """By GPTQ: with scales set as groups are entered, by squared error and by absolute maxima.
+
+    Where nothing rounds the inputs, instead of the latter with scales that stay, the loudest
+    inputs first.
+    """
+    spec = aim.spec
+    searched = spec.code != "lut4" and not spec.unit
+    weights = inputs.mean_square
+
+    def refit(block: Tensor, column: int) -> tuple[Tensor, Tensor | None]:
+        metric = weights[column : column + block.shape[1]]
+        found = mse.search(block, spec, fitted.tensor_scale, metric)
+        return found.scale, found.zero
+
+    yield gptq.quantize(weight, inputs.factor, fitted, refit if searched else None)
+    if aim.weight_only:
+        order, upper = inputs.loudest
+        yield gptq.quantize(weight, upper, fitted, order=order)
+    elif searched and not torch.equal(plain.scale.float(), fitted.scale.float()):
+        yield gptq.quantize(weight, inputs.factor, plain, gptq.absmax_refit(plain))
