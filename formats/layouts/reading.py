@@ -7,70 +7,71 @@ scales, which loaders copy into their own dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 from dqconvert.formats.form import PackedForm
+from dqconvert.formats.layouts import Layout
 from dqconvert.formats.recognition import Infos, describe, differences, layers_with
-from dqconvert.quantizers.spec import CODES, DTYPE_BITS, QuantSpec, TensorInfo
+from dqconvert.quantizers.spec import CODES, DTYPE_BITS, TensorInfo
+
+Promise = Callable[[PackedForm], Mapping[str, TensorInfo]]
+Problem = Callable[[PackedForm], str | None]
 
 LOOSE = frozenset({"F32", "BF16", "F16"})
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What the layers of a file should look like.
+def read_forms(
+    infos: Infos, layout: Layout, first: PackedForm, promise: Promise, problem: Problem
+) -> tuple[dict[str, PackedForm], list[str]]:
+    """The forms of all packed layers by name, and a line for everything that is not as promised.
 
-    spec, layout: of their forms; weight, dtype: suffix and dtype of the codes; scale: suffix of the
-    first scales; static: suffix of the static scale of inputs; required: whether there is always
-    one; promise, problem: the target's.
+    first: what the forms have in common; with input_scale where there must be one, otherwise
+    layers that have one get it. promise, problem: the target's.
     """
-
-    spec: QuantSpec
-    layout: str
-    weight: str
-    dtype: str
-    scale: str
-    static: str
-    required: bool
-    promise: Callable[[PackedForm], Mapping[str, TensorInfo]]
-    problem: Callable[[PackedForm], str | None]
-
-
-def read_forms(infos: Infos, wanted: Wanted) -> tuple[dict[str, PackedForm], list[str]]:
-    """The forms of all packed layers by name, and a line for everything that is not as wanted."""
+    weight, dtype, others = _suffixes(layout, first)
     coded = [
-        layer
-        for layer in layers_with(infos, wanted.weight)
-        if infos[f"{layer}.{wanted.weight}"].dtype == wanted.dtype
+        layer for layer in layers_with(infos, weight) if infos[f"{layer}.{weight}"].dtype == dtype
     ]
+    scaled = [layer for suffix in others for layer in layers_with(infos, suffix)]
     forms: dict[str, PackedForm] = {}
     problems: list[str] = []
-    for layer in dict.fromkeys([*coded, *layers_with(infos, wanted.scale)]):
-        name = f"{layer}.{wanted.weight}"
+    for layer in dict.fromkeys([*coded, *scaled]):
+        name = f"{layer}.{weight}"
         found = infos.get(name)
         if found is None or len(found.shape) != 2:
             what = "missing" if found is None else f"found {describe(found)}"
-            problems.append(f"{name}: {what}; needed a matrix of {wanted.dtype}")
+            problems.append(f"{name}: {what}; needed a matrix of {dtype}")
             continue
-        form = _form(layer, found, infos, wanted)
-        if reason := wanted.problem(form):
-            problems.append(f"{layer}.{wanted.weight}: {reason}")
+        rows, words = found.shape if weight != "qweight" else found.shape[::-1]  # GPTQ's, across
+        width = words * DTYPE_BITS[dtype] // CODES[first.spec.code].bits
+        form = _fitted(replace(first, shape=(rows, width)), layer, layout, infos)
+        if reason := problem(form):
+            problems.append(f"{name}: {reason}")
             continue
         forms[layer] = form
-        problems += differences(layer, _loosened(layer, wanted.promise(form), infos), infos)
+        problems += differences(layer, _loosened(layer, promise(form), infos), infos)
     return forms, problems
 
 
-def _form(layer: str, found: TensorInfo, infos: Infos, wanted: Wanted) -> PackedForm:
-    width = found.shape[1] * DTYPE_BITS[wanted.dtype] // CODES[wanted.spec.code].bits
+def _suffixes(layout: Layout, first: PackedForm) -> tuple[str, str, list[str]]:
+    """Suffix and dtype of the codes, and the suffixes that only packed layers have."""
+    promised = layout.promise(replace(first, shape=(128, 128), bias=False))
+    weight = next(iter(promised))
+    return weight, promised[weight].dtype, [suffix for suffix in promised if suffix != weight]
+
+
+def _fitted(form: PackedForm, layer: str, layout: Layout, infos: Infos) -> PackedForm:
+    """The form with the bias and the static scale that the layer has."""
+    plain, static = (
+        layout.promise(replace(form, shape=(128, 128), bias=False, input_scale=scale)).keys()
+        for scale in (False, True)
+    )
     bias = infos.get(f"{layer}.bias")
-    return PackedForm(
-        spec=wanted.spec,
-        shape=(found.shape[0], width),
+    return replace(
+        form,
         bias=bias is not None,
-        input_scale=wanted.required or f"{layer}.{wanted.static}" in infos,
         bias_dtype="BF16" if bias is None else bias.dtype,
-        layout=wanted.layout,
+        input_scale=form.input_scale or any(f"{layer}.{name}" in infos for name in static - plain),
     )
 
 
@@ -79,7 +80,7 @@ def _loosened(layer: str, promised: Mapping[str, TensorInfo], infos: Infos) -> I
     needed = dict(promised)
     for suffix, need in promised.items():
         found = infos.get(f"{layer}.{suffix}")
-        if found is None or need.dtype != "F32" or found.dtype not in LOOSE:
+        if found is None or not {need.dtype, found.dtype} <= LOOSE:
             continue
         if found.shape == need.shape or {found.shape, need.shape} == {(), (1,)}:
             needed[suffix] = found

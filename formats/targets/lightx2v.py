@@ -34,7 +34,7 @@ from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.layouts import Layout
 from dqconvert.formats.layouts.blocked import BlockScaled
 from dqconvert.formats.layouts.kinds import kind_of, refusal
-from dqconvert.formats.layouts.reading import Wanted, read_forms
+from dqconvert.formats.layouts.reading import read_forms
 from dqconvert.formats.layouts.scaled import Scaled
 from dqconvert.formats.recognition import Infos, layers_with
 from dqconvert.formats.targets import Recognized
@@ -104,6 +104,9 @@ LONG_NAMES = {
 COMPONENTS = {"transformer": "dit", "t5": "t5", "clip": "clip"}
 """Beginning of the config's keys for each component."""
 
+STATIC = ("fp8-tensor", "nvfp4")
+"""Kinds whose loader fails without the range of the inputs."""
+
 MULTIPLES = {
     "fp8-block128": (1, 128),
     "nvfp4": (32, 32),
@@ -137,7 +140,7 @@ def adapt(scheme: Scheme, layout: str) -> Scheme:
 
 def static(scheme: Scheme, layout: str) -> str:
     """See formats/targets."""
-    return "required" if kind_of(scheme.weight) in ("fp8-tensor", "nvfp4") else "never"
+    return "required" if kind_of(scheme.weight) in STATIC else "never"
 
 
 def problem(form: PackedForm) -> str | None:
@@ -147,9 +150,9 @@ def problem(form: PackedForm) -> str | None:
         return f"no kernel for {form.spec.code} in tiles of {form.spec.tile}"
     if reason := LAYOUTS[kind].problem(form):
         return reason
-    required = kind in ("fp8-tensor", "nvfp4")
-    if form.input_scale != required:
-        return f"inputs of {kind} layers {'need a' if required else 'have no'} static scale"
+    if form.input_scale != (kind in STATIC):
+        need = "need a" if kind in STATIC else "have no"
+        return f"inputs of {kind} layers {need} static scale"
     if form.parts > 1 and form.spec.tensor_scale:
         return f"one scale for the tensor; the layer stacks {form.parts}"
     rows, columns = MULTIPLES.get(kind, (1, 1))
@@ -207,20 +210,8 @@ def recognize(
     scheme = next((s for s in schemes().values() if kind and s.name == kind), None)
     if kind is None or scheme is None:
         return None
-    spec, layout = adapt(scheme, "").weight, LAYOUTS[kind]
-    sample = layout.promise(PackedForm(spec, (128, 128)))
-    wanted = Wanted(
-        spec=spec,
-        layout="",
-        weight="weight",
-        dtype=sample["weight"].dtype,
-        scale="weight_scale",
-        static="input_scale",
-        required=static(scheme, "") == "required",
-        promise=promise,
-        problem=problem,
-    )
-    forms, problems = read_forms(infos, wanted)
+    first = PackedForm(adapt(scheme, "").weight, (1, 1), input_scale=kind in STATIC)
+    forms, problems = read_forms(infos, LAYOUTS[kind], first, promise, problem)
     return Recognized(scheme=scheme.name, rank=0, forms=forms, problems=tuple(problems))
 
 
