@@ -31,6 +31,8 @@ def forms_in(runtime: Target, scheme: Scheme, layout: str) -> Iterator[PackedFor
     """The forms of one layout. scheme: as the runtime needs it."""
     static, rank = runtime.static(scheme, layout), scheme.rank
     for shape in SHAPES:
+        if scheme.rotation and not rotation_of(scheme, shape[1]):
+            continue
         first = PackedForm(
             scheme.weight,
             shape,
@@ -170,7 +172,8 @@ def context_of(
         layout=layout,
         names=tuple(infos),
     )
-    return context, infos
+    extras = getattr(runtime, "extras", lambda _: {})(context)
+    return replace(context, names=(*infos, *extras)), infos | extras
 
 
 def files() -> list[Any]:

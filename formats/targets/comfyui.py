@@ -1,15 +1,23 @@
 """ComfyUI's own mixed-precision files: one file in the model's original naming.
 
-    int8_tensorwise   <layer>.weight I8 [N, K]        weight_scale F32 [N, 1], [] for one scale
+    int8_tensorwise   <layer>.weight I8 [N, K], rotated or not   weight_scale F32 [N, 1] or []
     float8_e4m3fn     <layer>.weight F8_E4M3 [N, K]   weight_scale F32 []   input_scale F32 []
-    both              <layer>.comfy_quant U8 [bytes]  {"format": ...} in JSON
+    float8_e5m2       <layer>.weight F8_E5M2 [N, K]   the same
+    mxfp8, nvfp4      see formats/layouts/blocked.py: swizzled, the even column in the high nibble
+    convrot_w4a4, asym_w4a8_int8, awq_w4a16           see formats/layouts/kitchen.py
+    all               <layer>.comfy_quant U8 [bytes]  {"format": ...} in JSON
                       <layer>.bias                    as it was
 
-w = weight · weight_scale. The header repeats every marker under _quantization_metadata, since
-ComfyUI lets the header win: an entry that says less than its marker would silently take effect.
+The header repeats every marker under _quantization_metadata, since ComfyUI lets the header win: an
+entry that says less than its marker would silently take effect. The layouts "markers" and "header"
+leave one of the two out. In the layout "scaled-fp8", which older versions load too,
 
-Source: ComfyUI comfy/utils.py (convert_old_quants) and comfy/ops.py (_load_quantized_module);
-comfy_kitchen/tensor/int8.py and fp8.py.
+    <layer>.weight F8_E4M3 [N, K]   scale_weight F32 []   scale_input F32 []
+    scaled_fp8        F8_E4M3 [0], or [2] where all layers multiply in full precision
+
+ComfyUI computes fp8 inputs without input_scale at scale 1; where nothing is calibrated a layer
+asks for full precision. It also reads the shapes of some linears to recognise a model: none of
+those may be packed.
 """
 
 from __future__ import annotations
@@ -19,18 +27,26 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dqconvert.formats.form import FileContext, PackedForm
-from dqconvert.formats.recognition import (
-    Infos,
-    differences,
-    json_object,
-    layers_with,
-    scheme_named,
+from dqconvert.formats import comfy_files
+from dqconvert.formats.comfy import (
+    BOTH,
+    ENTRIES,
+    HEADER,
+    LEGACY,
+    MARKERS,
+    ROW,
+    adapted,
+    entry,
+    format_of,
+    known,
+    marker,
+    understood,
 )
+from dqconvert.formats.form import FileContext, PackedForm
+from dqconvert.formats.recognition import Infos, json_object, scheme_for
 from dqconvert.formats.targets import Recognized
 from dqconvert.quantizers.errors import SourceError
-from dqconvert.quantizers.schemes import schemes
-from dqconvert.quantizers.spec import ALL, FLOAT_DTYPES, QuantSpec, Scheme, TensorInfo
+from dqconvert.quantizers.spec import CODES, QuantSpec, Scheme, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,62 +59,76 @@ DIALECT = "original"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
 PARTIAL = True
-ROWS = True
 FOLDER = ""
 
-ROW, TENSOR = (1, ALL), (ALL, ALL)
-FORMATS = {
-    ("int8", ROW): "int8_tensorwise",
-    ("int8", TENSOR): "int8_tensorwise",
-    ("e4m3", TENSOR): "float8_e4m3fn",
-}
-CODES = {"int8_tensorwise": ("int8", "I8"), "float8_e4m3fn": ("e4m3", "F8_E4M3")}
-"""Code and dtype of each format."""
+ROOM = {"rotate": ("int8", "int4", "lut4"), "smooth": ("e2m1",)}
+"""Codes that a step of a scheme goes with; fold and clip leave nothing for the runtime to do."""
 
-HEADER = "_quantization_metadata"
-FULL_PRECISION = "full_precision_matrix_mult"
+INPUTS = {
+    "int8_tensorwise": "int8",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+    "mxfp8": "e4m3",
+    "nvfp4": "e2m1",
+    "convrot_w4a4": "int4",
+    "asym_w4a8_int8": "int8",
+}
+"""What the runtime makes of inputs; nothing for the rest."""
 
 
 def accepts(scheme: Scheme) -> str | None:
     """See formats/targets."""
-    if scheme.steps:
-        return f"ComfyUI's formats have no room for: {', '.join(scheme.steps)}"
-    if (scheme.weight.code, scheme.weight.tile) not in FORMATS:
-        return f"weights are int8 or e4m3, not {scheme.weight.code} in {scheme.weight.tile}"
-    if scheme.activation is None or scheme.activation.code != scheme.weight.code:
-        return f"ComfyUI quantizes activations like the weights, to {scheme.weight.code}"
+    spec = scheme.weight
+    found = format_of(spec)
+    if found is None:
+        return _no_format(spec)
+    others = [
+        s for s in scheme.steps if s not in ("fold", "clip") and spec.code not in ROOM.get(s, ())
+    ]
+    if others:
+        return f"ComfyUI's {found.name} has no room for: {', '.join(others)}"
+    if found.rotates == "always" and "rotate" not in scheme.steps:
+        return f"ComfyUI rotates the inputs of {found.name}"
+    inputs = scheme.activation.code if scheme.activation else None
+    if inputs != INPUTS.get(found.name):
+        return f"ComfyUI's {found.name} makes {INPUTS.get(found.name, 'nothing')} of inputs"
     return None
 
 
+def _no_format(spec: QuantSpec) -> str:
+    kind = CODES[spec.code]
+    if spec.unit:
+        return "ComfyUI has no format for weights without scales"
+    if kind.is_float and kind.bits == 8 and spec.scale != "F8_E8M0":
+        what = "rows" if spec.tile == ROW else f"blocks of {spec.tile[0]}x{spec.tile[1]}"
+        return f"ComfyUI has one scale for an fp8 tensor, and no format for {what}"
+    return f"ComfyUI has no format for {spec.code} in tiles of {spec.tile}, scales in {spec.scale}"
+
+
 def layouts(scheme: Scheme) -> tuple[str, ...]:
-    """There is one."""
-    return ("",)
+    """Who announces the layers; the older form for fp8 alone."""
+    found = format_of(scheme.weight, LEGACY)
+    return (BOTH, MARKERS, HEADER, *([LEGACY] if found else []))
 
 
 def adapt(scheme: Scheme, layout: str) -> Scheme:
-    """The scheme fits as it is."""
-    return scheme
+    """Weights as the format has them, and inputs like them where they share it."""
+    weight, inputs = adapted(scheme.weight), scheme.activation
+    if inputs is not None and weight.ragged:
+        inputs = replace(inputs, ragged=True)
+    return replace(scheme, weight=weight, activation=inputs)
 
 
 def static(scheme: Scheme, layout: str) -> str:
     """See formats/targets."""
-    return "optional" if scheme.activation and scheme.activation.tile == TENSOR else "never"
+    found = format_of(scheme.weight)
+    return "optional" if found is not None and found.static else "never"
 
 
 def problem(form: PackedForm) -> str | None:
     """See formats/targets."""
-    reasons = []
-    if (form.spec.code, form.spec.tile) not in FORMATS:
-        reasons.append(f"no format for {form.spec.code} in tiles of {form.spec.tile}")
-    if form.rank:
-        reasons.append("no room for a low-rank branch")
-    if form.shift:
-        reasons.append(f"the runtime adds nothing to the input, not {form.shift}")
-    if form.input_scale and form.spec.code == "int8":
-        reasons.append("int8 activations are scaled per token; there is no static scale")
-    if form.bias_dtype not in FLOAT_DTYPES:
-        reasons.append(f"a bias in {form.bias_dtype}")
-    return "; ".join(reasons) or None
+    found = format_of(form.spec, form.layout)
+    return _no_format(form.spec) if found is None else found.problem(form)
 
 
 def shift(form: PackedForm) -> float:
@@ -106,162 +136,78 @@ def shift(form: PackedForm) -> float:
     return 0.0
 
 
+def rows(form: PackedForm) -> bool:
+    """All but int4 groups, whose scales lie the other way."""
+    return known(form).name != "awq_w4a16"
+
+
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
     """Nothing where the marker asks for a product in full precision."""
     return None if form.full_precision else scheme.activation
 
 
-def marker(form: PackedForm) -> dict[str, Any]:
-    """What comfy_quant and the header say of a layer."""
-    said: dict[str, Any] = {"format": FORMATS[form.spec.code, form.spec.tile]}
-    if form.full_precision:
-        said[FULL_PRECISION] = True
-    return said
-
-
-def _marker_bytes(form: PackedForm) -> bytes:
-    return json.dumps(marker(form)).encode()
-
-
 def promise(form: PackedForm) -> dict[str, TensorInfo]:
     """See formats/targets."""
-    n, _ = form.shape
-    _, dtype = CODES[FORMATS[form.spec.code, form.spec.tile]]
-    infos = {
-        "weight": TensorInfo(dtype, form.shape),
-        "weight_scale": TensorInfo("F32", _scale_shape(form)),
-        "comfy_quant": TensorInfo("U8", (len(_marker_bytes(form)),)),
-    }
-    if form.input_scale:
-        infos["input_scale"] = TensorInfo("F32", ())
-    if form.bias:
-        infos["bias"] = TensorInfo(form.bias_dtype, (n,))
-    return infos
-
-
-def _scale_shape(form: PackedForm) -> tuple[int, ...]:
-    return () if form.spec.tile == TENSOR else (form.shape[0], 1)
+    found, said = known(form), marker(form)
+    infos = found.layout.promise(found.inner(form))
+    return infos | ({"comfy_quant": TensorInfo("U8", (len(said),))} if said else {})
 
 
 def pack(form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
     """See formats/targets."""
     import torch
 
-    from dqconvert.quantizers.tensors import TORCH_DTYPES
-
-    tensors = {
-        "weight": q.codes.contiguous(),
-        "weight_scale": q.scale.float().reshape(_scale_shape(form)),
-        "comfy_quant": torch.tensor(list(_marker_bytes(form)), dtype=torch.uint8),
-    }
-    if (q.input_scale is not None) != form.input_scale:
-        raise ValueError("the form and the result disagree on a static activation scale")
-    if (q.bias is not None) != form.bias:
-        raise ValueError("the form and the result disagree on a bias")
-    if q.input_scale is not None:
-        tensors["input_scale"] = q.input_scale.float().reshape(())
-    if q.bias is not None:
-        tensors["bias"] = q.bias.to(TORCH_DTYPES[form.bias_dtype]).contiguous()
+    if q.rotation != form.rotation:
+        raise ValueError("the form and the result disagree on the rotation")
+    found, said = known(form), marker(form)
+    tensors = found.layout.pack(found.inner(form), q)
+    if said:
+        tensors["comfy_quant"] = torch.tensor(list(said), dtype=torch.uint8)
     return tensors
 
 
 def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-    """See formats/targets. SourceError on a marker that says more than this target writes."""
-    from dqconvert.quantizers.tensors import QuantizedTensor
+    """See formats/targets. Where there is no header, the marker decides on the rotation.
 
-    if "comfy_quant" in tensors:
-        said = json_object(bytes(tensors["comfy_quant"].tolist()).decode(errors="replace"))
-        if reason := _entry_problem(said, form.spec.code):
-            raise SourceError(f"comfy_quant: {reason}")
-    static = tensors.get("input_scale")
-    return QuantizedTensor(
-        spec=form.spec,
-        codes=tensors["weight"],
-        scale=tensors["weight_scale"].reshape(form.spec.grid(form.shape)),
-        bias=tensors.get("bias"),
-        input_scale=None if static is None else static.reshape(()),
-        shift=form.shift,
-    )
+    SourceError where a marker is none, or says otherwise than the header.
+    """
+    found, rotation = known(form), form.rotation
+    if "comfy_quant" in tensors and form.layout != LEGACY:
+        text = bytes(tensors["comfy_quant"].tolist()).decode(errors="replace")
+        said = understood(json_object(text))
+        if said.fault:
+            raise SourceError(f"comfy_quant: {said.fault}")
+        if said.format != found.name:
+            raise SourceError(f"comfy_quant says {said.format}; the layer is {found.name}")
+        if form.layout == MARKERS:
+            rotation = said.rotation
+        elif said.rotation != rotation:
+            raise SourceError(
+                f"comfy_quant says {_rotated(said.rotation)}, but the file's metadata says "
+                f"{_rotated(rotation)}, which is what ComfyUI believes"
+            )
+    q = found.layout.unpack(found.inner(replace(form, rotation=rotation)), tensors)
+    return replace(q, rotation=rotation, shift=form.shift)
 
 
-def _entry_problem(said: Mapping[str, Any] | None, code: str) -> str | None:
-    """None, or why a marker or header entry does not fit a weight of that code."""
-    if said is None:
-        return "not a JSON object"
-    name = said.get("format")
-    if name not in CODES:
-        return f"format {name!r} is not one of {', '.join(CODES)}"
-    if CODES[name][0] != code:
-        return f"says {name}, but the weight is {code}"
-    params = said.get("params")
-    if said.get("convrot") or (isinstance(params, dict) and params.get("convrot")):
-        return "the weight is rotated (convrot), which is not supported"
-    return None
+def _rotated(rotation: int) -> str:
+    return f"rotated in groups of {rotation} (convrot)" if rotation else "not rotated (no convrot)"
 
 
 def recognize(
     infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> Recognized | None:
-    """Files with markers, in the header or as tensors."""
-    marked = layers_with(infos, "comfy_quant")
-    if not marked and HEADER not in metadata:
+    """Files with markers, in the header or as tensors, and those of scaled_fp8."""
+    found = comfy_files.read(infos, metadata)
+    if found is None:
         return None
-    header = json_object(metadata.get(HEADER))
-    problems = []
-    if header is None and HEADER in metadata:
-        problems.append(f"metadata {HEADER}: not a JSON object")
-    entries = (header or {}).get("layers")
-    entries = entries if isinstance(entries, dict) else {}
-    forms = {}
-    for layer in dict.fromkeys([*entries, *marked]):
-        form = _read_form(layer, infos)
-        if form is None:
-            problems.append(f"{layer}.weight: missing, or not one that this target writes")
-            continue
-        problems += _layer_problems(layer, form, infos, entries.get(layer))
-        forms[layer] = form
-    scheme = scheme_named(NAME, [form.spec for form in forms.values()])
-    return Recognized(scheme=scheme, rank=0, forms=forms, problems=tuple(problems))
-
-
-def _read_form(layer: str, infos: Infos) -> PackedForm | None:
-    weight, scale = infos.get(f"{layer}.weight"), infos.get(f"{layer}.weight_scale")
-    code = next((code for code, dtype in CODES.values() if weight and dtype == weight.dtype), None)
-    if weight is None or code is None or len(weight.shape) != 2:
-        return None
-    per_row = code == "int8" and (scale is None or scale.shape not in ((), (1,)))
-    bias = infos.get(f"{layer}.bias")
-    return PackedForm(
-        spec=_spec(code, ROW if per_row else TENSOR),
-        shape=(weight.shape[0], weight.shape[1]),
-        bias=bias is not None,
-        input_scale=f"{layer}.input_scale" in infos,
-        bias_dtype="BF16" if bias is None else bias.dtype,
+    return Recognized(
+        scheme=scheme_for(NAME, found.forms.values()),
+        rank=0,
+        forms=found.forms,
+        problems=tuple(found.problems),
+        extras=found.extras,
     )
-
-
-def _spec(code: str, tile: tuple[int, int]) -> QuantSpec:
-    """As a scheme of ours has it, so that its other fields are right."""
-    known = (s.weight for s in schemes().values() if accepts(s) is None)
-    return next((w for w in known if (w.code, w.tile) == (code, tile)), QuantSpec(code, tile))
-
-
-def _layer_problems(layer: str, form: PackedForm, infos: Infos, entry: object) -> list[str]:
-    promised = promise(form)
-    marker_info = promised.pop("comfy_quant")
-    for name in ("weight_scale", "input_scale"):  # [1] loads like []
-        found = infos.get(f"{layer}.{name}")
-        if name in promised and found and (promised[name].shape, found.shape) == ((), (1,)):
-            promised[name] = replace(promised[name], shape=(1,))
-    problems = differences(layer, promised, infos)
-    if entry is not None:
-        reason = _entry_problem(entry if isinstance(entry, dict) else None, form.spec.code)
-        return [*problems, f"metadata {HEADER}, {layer}: {reason}"] if reason else problems
-    sizes = {marker_info, promise(replace(form, full_precision=True))["comfy_quant"]}
-    if infos[f"{layer}.comfy_quant"] not in sizes:
-        # only the header is at hand here; unpack reads the marker itself
-        problems.append(f"{layer}.comfy_quant: says more than a format, and the header does not")
-    return problems
 
 
 def filename(context: FileContext) -> str:
@@ -270,9 +216,42 @@ def filename(context: FileContext) -> str:
 
 
 def metadata(context: FileContext) -> dict[str, str]:
-    """The markers again, under the layers' names in the file."""
-    layers = {name: marker(form) for name, form in context.layers.items()}
-    return {HEADER: json.dumps({"format_version": "1.0", "layers": layers})}
+    """The markers again, under the layers' names in the file, and a version that loads them.
+
+    None of it in a file with scaled_fp8, which ComfyUI does not look for beside a header.
+    """
+    forms = context.layers
+    if any(form.layout == LEGACY for form in forms.values()):
+        return {}
+    layers = {name: entry(form) for name, form in forms.items() if form.layout != MARKERS}
+    since = max((known(form).since for form in forms.values()), key=_version, default="")
+    said = {"comfyui_min_version": since} if since else {}
+    if layers:
+        said[ENTRIES] = json.dumps({"format_version": "1.0", "layers": layers})
+    return said
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
+
+
+def extras(context: FileContext) -> dict[str, TensorInfo]:
+    """The tensor that announces layers of scaled_fp8."""
+    older = [form for form in context.layers.values() if form.layout == LEGACY]
+    if not older:
+        return {}
+    exact = all(form.full_precision for form in older)
+    return {"scaled_fp8": TensorInfo("F8_E4M3", (2 if exact else 0,))}
+
+
+def extra_tensors(context: FileContext) -> dict[str, Tensor]:
+    """The same, as tensors."""
+    import torch
+
+    return {
+        name: torch.zeros(info.shape).to(torch.float8_e4m3fn)
+        for name, info in extras(context).items()
+    }
 
 
 def config(context: FileContext) -> dict[str, Any] | None:
