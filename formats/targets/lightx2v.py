@@ -53,7 +53,6 @@ DIALECT = "lightx2v"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
 PARTIAL = False
-ROWS = False
 FOLDER = ""
 
 MX = BlockScaled(codes="U8", scales="F8_E8M0", swizzled=True)
@@ -164,6 +163,11 @@ def problem(form: PackedForm) -> str | None:
 def shift(form: PackedForm) -> float:
     """Nothing is added to inputs."""
     return 0.0
+
+
+def rows(form: PackedForm) -> bool:
+    """Tiles of scales are no taller than blocks of rows."""
+    return True
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:

@@ -49,7 +49,6 @@ DIALECT = "diffusers"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight"}
 PARTIAL = True
-ROWS = True
 FOLDER = "transformer"
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -107,6 +106,11 @@ def problem(form: PackedForm) -> str | None:
 def shift(form: PackedForm) -> float:
     """Nothing is added to inputs."""
     return 0.0
+
+
+def rows(form: PackedForm) -> bool:
+    """Tiles of scales are no taller than blocks of rows."""
+    return True
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:

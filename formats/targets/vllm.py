@@ -53,7 +53,6 @@ DIALECT = "diffusers"
 KEEP_DTYPE = None
 ROLES = {"attention": "weight", "mlp": "weight"}
 PARTIAL = True
-ROWS = True
 FOLDER = "transformer"
 
 COMPRESSED, AUTO_ROUND = compressed.METHOD, "auto-round"
@@ -135,6 +134,11 @@ def problem(form: PackedForm) -> str | None:
 def shift(form: PackedForm) -> float:
     """Nothing is added to inputs."""
     return 0.0
+
+
+def rows(form: PackedForm) -> bool:
+    """Not int4 groups, which say the shape of the whole."""
+    return kind_of(form.spec) != "w4a16"
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
