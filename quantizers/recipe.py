@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from dqconvert.quantizers.forward import (
     shift_surplus,
 )
 from dqconvert.quantizers.hadamard import rotate
-from dqconvert.quantizers.rounding import Aim, Inputs, candidates
+from dqconvert.quantizers.rounding import Aim, Inputs, offer
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import (
     TORCH_DTYPES,
@@ -90,8 +90,7 @@ def quantize_linear(
     judge = _Judge(problem, activation)
     if "lowrank" not in scheme.steps:
         weight = _entered(problem.weight, smooth, problem.rotation)
-        for q in candidates(weight, problem, aim, inputs):
-            judge.hear(_finish(problem, q, smooth, None, activation))
+        offer(weight, problem, aim, inputs, partial(judge.hear, smooth=smooth))
         return judge.best
     assert smooth is not None
     rtn.absmax(problem.weight, scheme.weight)  # refuses NaN, which a decomposition would not name
@@ -99,9 +98,9 @@ def quantize_linear(
     _refine(problem, scheme, options, smooth, judge)
     branch = judge.best.lowrank
     assert branch is not None
-    rest = _residual(problem, branch, smooth)
-    for q in islice(candidates(rest, problem, aim, inputs), 1, None):  # the first one was heard
-        judge.hear(_finish(problem, q, smooth, branch, activation))
+    if options.rounding != "rtn":
+        rest = _residual(problem, branch, smooth)
+        offer(rest, problem, aim, inputs, partial(judge.hear, smooth=smooth, branch=branch))
     return judge.best
 
 
@@ -112,8 +111,7 @@ def quantize_modulation(
     judge = _Judge(problem, None)
     aim = Aim(spec, options.rounding, weight_only=True)
     weight = _entered(problem.weight, None, problem.rotation)
-    for q in candidates(weight, problem, aim, _inputs(problem, None)):
-        judge.hear(_finish(problem, q, None, None, None))
+    offer(weight, problem, aim, _inputs(problem, None), judge.hear)
     return judge.best
 
 
@@ -134,16 +132,22 @@ def squared_error(q: QuantizedTensor, weight: Tensor) -> tuple[float, float]:
     return off, whole
 
 
-def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSpec | None) -> float:
+def output_error(
+    q: QuantizedTensor,
+    problem: LinearProblem,
+    activation: QuantSpec | None,
+    reference: Tensor | None = None,
+) -> float:
     """||Y' - Y|| / ||Y|| on the held rows, activations quantized as the runtime does.
 
     Biases count in the difference, not in the norm, so that a large constant cannot hide an
     error. Where no row could be held, the error that XᵀX predicts for the weight alone.
+    reference: x Wᵀ of the held rows, where it is known already.
     """
     stats = problem.stats
     assert stats is not None
-    weight = problem.weight.float()
     if not len(stats.rows):
+        weight = problem.weight.float()
         off = effective_weight(q) - weight
         moment = torch.diag(stats.mean_square)
         moment = moment if stats.second_moment is None else stats.second_moment.float()
@@ -151,7 +155,8 @@ def output_error(q: QuantizedTensor, problem: LinearProblem, activation: QuantSp
             ((off @ moment) * off).sum().sqrt(), ((weight @ moment) * weight).sum().sqrt()
         )
     x = stats.rows.float()
-    reference = x @ weight.T
+    if reference is None:
+        reference = x @ problem.weight.float().T
     exact = reference if problem.bias is None else reference + problem.bias.float()
     return _ratio((apply(q, x, activation) - exact).norm(), reference.norm())
 
@@ -181,7 +186,7 @@ def _refine(
         branch = lowrank.branch(rest, options.rank, smooth)
         left = _residual(problem, branch, smooth)
         q = rtn.quantize(left, scheme.weight, problem.parts, problem.ceiling)
-        judge.hear(_finish(problem, q, smooth, branch, scheme.activation))
+        judge.hear(q, smooth, branch)
         back = rotate(rtn.dequantize(q), problem.rotation)
         rest = back.neg_().addcmul_(problem.weight, smooth)
 
@@ -263,32 +268,44 @@ class _Judge:
 
     def __init__(self, problem: LinearProblem, activation: QuantSpec | None) -> None:
         self._problem, self._activation = problem, activation
-        self._best: tuple[float, QuantizedTensor] | None = None
-        self._only: QuantizedTensor | None = None
+        self._best: QuantizedTensor | None = None
+        self._least: float | None = None
 
     @property
     def best(self) -> QuantizedTensor:
         """The best one so far."""
-        if self._best is not None:
-            return self._best[1]
-        assert self._only is not None
-        return self._only
+        assert self._best is not None
+        return self._best
 
-    def hear(self, q: QuantizedTensor) -> None:
-        """Consider a candidate; a single one is never measured."""
-        if self._only is None:
-            self._only = q
-            return
+    def hear(
+        self, q: QuantizedTensor, smooth: Tensor | None = None, branch: LowRank | None = None
+    ) -> bool:
+        """Consider codes under a smooth vector beside a branch: whether they are the best so far.
+
+        What is never compared is never measured.
+        """
+        q = _finish(self._problem, q, smooth, branch, self._activation)
         if self._best is None:
-            self._best = self._error(self._only), self._only
+            self._best = q
+            return True
+        if self._least is None:
+            self._least = self._error(self._best)
         error = self._error(q)
-        if error < self._best[0]:
-            self._best = error, q
+        better = error < self._least
+        if better:
+            self._best, self._least = q, error
+        return better
 
     def _error(self, q: QuantizedTensor) -> float:
         if self._problem.stats is None:
             return weight_error(q, self._problem.weight)
-        return output_error(q, self._problem, self._activation)
+        return output_error(q, self._problem, self._activation, self._reference)
+
+    @cached_property
+    def _reference(self) -> Tensor:
+        """The held rows' exact output, without the bias."""
+        assert self._problem.stats is not None
+        return self._problem.stats.rows.float() @ self._problem.weight.float().T
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

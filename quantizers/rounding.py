@@ -2,14 +2,15 @@
 
     rtn     scales from absolute maxima, nearest codes
     mse     scales by squared error, weighted by the mean squares of the inputs where known
-    gptq    both, and GPTQ from both; it needs the inputs' second moment
+    gptq    both, and GPTQ under scales of the better kind; it needs the inputs' second moment
 
-Rounding to nearest is always the first candidate, so that the best one is never worse.
+Rounding to nearest is always the first candidate, so that the best one is never worse. Where
+nothing rounds the inputs, GPTQ also goes through them from the loudest on, under scales that stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dqconvert.quantizers import gptq, mse, rtn
 from dqconvert.quantizers.hadamard import rotate
-from dqconvert.quantizers.spec import QuantSpec
+from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import LayerStats, LinearProblem, QuantizedTensor
 
 ROUNDINGS = ("rtn", "mse", "gptq")
@@ -98,49 +99,54 @@ class Aim:
     weight_only: bool = False
 
 
-def candidates(
-    weight: Tensor, problem: LinearProblem, aim: Aim, inputs: Inputs | None
-) -> Iterator[QuantizedTensor]:
-    """Ways to round a weight [N, K] that is already smoothed and rotated, to nearest first.
+def offer(
+    weight: Tensor,
+    problem: LinearProblem,
+    aim: Aim,
+    inputs: Inputs | None,
+    consider: Callable[[QuantizedTensor], bool],
+) -> None:
+    """Offer ways to round a weight [N, K] that is already smoothed and rotated, to nearest first.
 
-    problem: whose parts and ceiling count. At most two of them are by GPTQ.
+    problem: whose parts and ceiling count. consider says whether a candidate is the best so far;
+    GPTQ takes over the scales that did better.
     """
     spec, parts, ceiling = aim.spec, problem.parts, problem.ceiling
     plain = rtn.quantize(weight, spec, parts, ceiling)
-    yield plain
-    learns = aim.rounding == "gptq" and inputs is not None and inputs.moment is not None
-    clips = aim.clip and inputs is not None and inputs.moment is not None
+    consider(plain)
+    known = inputs if inputs is not None and inputs.moment is not None else None
+    clips, learns = aim.clip and known is not None, aim.rounding == "gptq" and known is not None
     if not (clips or learns or aim.rounding == "mse"):
         return
     metric = None if inputs is None else inputs.mean_square
-    if clips and inputs is not None and spec.tile[0] == 1 and spec.tile[1] > 0:
-        metric = inputs.blocks(spec.tile[1])
+    if clips and known is not None and spec.tile[0] == 1 and spec.tile[1] != ALL:
+        metric = known.blocks(spec.tile[1])
     fitted = mse.quantize(weight, spec, parts, ceiling, metric)
-    yield fitted
-    if learns and inputs is not None:
-        yield from _learned(weight, plain, fitted, inputs, aim)
+    searched = consider(fitted)
+    if not learns or known is None:
+        return
+    if not searched:
+        consider(gptq.quantize(weight, known.factor, plain, _absmax_refit(plain)))
+        return
+    consider(gptq.quantize(weight, known.factor, fitted, _mse_refit(fitted, known.mean_square)))
+    if aim.weight_only:
+        order, upper = known.loudest
+        consider(gptq.quantize(weight, upper, fitted, order=order))
 
 
-def _learned(
-    weight: Tensor, plain: QuantizedTensor, fitted: QuantizedTensor, inputs: Inputs, aim: Aim
-) -> Iterator[QuantizedTensor]:
-    """By GPTQ: with scales set as groups are entered, by squared error and by absolute maxima.
+def _absmax_refit(start: QuantizedTensor) -> gptq.Refit | None:
+    """Scales of a group as rounding to nearest would set them now."""
+    return None if start.spec.code == "lut4" else gptq.absmax_refit(start)
 
-    Where nothing rounds the inputs, instead of the latter with scales that stay, the loudest
-    inputs first.
-    """
-    spec = aim.spec
-    searched = spec.code != "lut4" and not spec.unit
-    weights = inputs.mean_square
+
+def _mse_refit(start: QuantizedTensor, mean_square: Tensor) -> gptq.Refit | None:
+    """Scales of a group that err least now, by the mean squares [K] of its inputs."""
+    if start.spec.code == "lut4" or start.spec.unit:
+        return None
 
     def refit(block: Tensor, column: int) -> tuple[Tensor, Tensor | None]:
-        metric = weights[column : column + block.shape[1]]
-        found = mse.search(block, spec, fitted.tensor_scale, metric)
+        metric = mean_square[column : column + block.shape[1]]
+        found = mse.search(block, start.spec, start.tensor_scale, metric)
         return found.scale, found.zero
 
-    yield gptq.quantize(weight, inputs.factor, fitted, refit if searched else None)
-    if aim.weight_only:
-        order, upper = inputs.loudest
-        yield gptq.quantize(weight, upper, fitted, order=order)
-    elif searched and not torch.equal(plain.scale.float(), fitted.scale.float()):
-        yield gptq.quantize(weight, inputs.factor, plain, gptq.absmax_refit(plain))
+    return refit
