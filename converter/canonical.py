@@ -175,6 +175,8 @@ def swap_halves(tensor: Tensor) -> Tensor:
 
 def composed_info(entry: Entry, infos: Sequence[TensorInfo]) -> TensorInfo:
     """What compose makes of tensors with these infos."""
+    if len(infos) == 1:
+        return infos[0]
     rows = sum(info.shape[0] for info in infos)
     return replace(infos[0], shape=(rows, *infos[0].shape[1:]))
 

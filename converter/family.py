@@ -83,6 +83,7 @@ class Family:
     that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the
     first lists every tensor, an empty one is the identity. unread: beginnings of names in such
     checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
+    assumed: keys of it that only hold for released models, which a config.json may deny;
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target:
     {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of this
     family differs from the target's ROLES; the nearest word counts. sensitive: linears that mixed
@@ -105,6 +106,7 @@ class Family:
     prefixes: tuple[str, ...] = ("model.diffusion_model.",)
     sources: tuple[str, ...] = ("original", "diffusers")
     unread: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
     policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     sensitive: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()

@@ -26,6 +26,8 @@ from dqconvert.quantizers.tensors import DTYPE_NAMES
 
 HERE = Path(__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
 def pairs(calibrated: bool) -> list[tuple[str, str]]:
     """(scheme, target) of all that FLUX can be converted to, with prompts or without."""
     found = []
@@ -91,7 +93,9 @@ SCHNELL = {"guidance_embeds": False}
 SMALL = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2}
 NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
 FILL = SMALL | {"in_channels": 384, "out_channels": 64}
-MODELS: dict[str, tuple[dict[str, Any], ...]] = runpy.run_path(str(HERE / "configs.py"))["CONFIGS"]
+_CONFIGS = runpy.run_path(str(HERE / "configs.py"))
+MODELS: dict[str, tuple[dict[str, Any], ...]] = _CONFIGS["CONFIGS"]
+ENCODERS, encoder_tensors = ("CLIPVisionModel", "UMT5EncoderModel"), _CONFIGS["encoder_tensors"]
 CONFIGS = {
     "flux": (
         flux_config(**SMALL),
@@ -109,6 +113,8 @@ CONFIGS = {
 
 def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The tensors of diffusers' own model, without their bytes."""
+    if config.get("_class_name") in ENCODERS:
+        return {name: tensor.to(dtype) for name, tensor in encoder_tensors(config).items()}
     with torch.device("meta"):
         model = build_model(config)
     return {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
@@ -116,7 +122,8 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -
 
 def small(config: Mapping[str, Any]) -> bool:
     """Whether a config is none of a real model."""
-    return min(config[key] for key in ("num_layers", "n_layers") if key in config) < 19
+    layers = ("num_layers", "n_layers", "num_hidden_layers")
+    return min(config[key] for key in layers if key in config) < 19
 
 
 def build_model(config: Mapping[str, Any]) -> Any:
@@ -172,12 +179,12 @@ def read_dialect(
         for place, ours in enumerate(leaf.ours):
             stop = None if place == len(leaf.ours) - 1 else (place + 1) * hidden
             first = hidden if leaf.columns and leaf.columns[0] == "hidden" else 0
-            piece = (first, tensor[place * hidden : stop])
+            piece = (first, tensor[place * hidden : stop] if tensor.ndim else tensor)
             pieces.setdefault(fill(ours, index), []).append(piece)
     found = {}
     for name, parts in pieces.items():
         parts.sort(key=lambda part: part[0])
-        found[name] = parts[0][1] if parts[0][1].ndim == 1 else torch.cat([p for _, p in parts], 1)
+        found[name] = parts[0][1] if parts[0][1].ndim < 2 else torch.cat([p for _, p in parts], 1)
     return found
 
 

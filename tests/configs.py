@@ -1,8 +1,12 @@
-"""Configs of diffusers' models to try for each family, besides FLUX: small ones, then real ones."""
+"""Configs of models to try for each family, besides FLUX: small ones, then real ones."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def qwen_image_config(**changes: Any) -> dict[str, Any]:
@@ -16,9 +20,7 @@ def qwen_image_config(**changes: Any) -> dict[str, Any]:
         "attention_head_dim": 128,
         "num_attention_heads": 24,
         "joint_attention_dim": 3584,
-        "guidance_embeds": False,
         "axes_dims_rope": (16, 56, 56),
-        "zero_cond_t": False,
         "use_additional_t_cond": False,
         "use_layer3d_rope": False,
     } | changes
@@ -37,12 +39,8 @@ def wan_config(**changes: Any) -> dict[str, Any]:
         "freq_dim": 256,
         "ffn_dim": 13824,
         "num_layers": 40,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
         "image_dim": None,
         "added_kv_proj_dim": None,
-        "rope_max_seq_len": 1024,
         "pos_embed_seq_len": None,
     } | changes
 
@@ -70,6 +68,75 @@ def z_image_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def umt5_config(**changes: Any) -> dict[str, Any]:
+    """The config of Wan's text encoder, with changes."""
+    return {
+        "_class_name": "UMT5EncoderModel",
+        "vocab_size": 256384,
+        "d_model": 4096,
+        "d_kv": 64,
+        "d_ff": 10240,
+        "num_layers": 24,
+        "num_heads": 64,
+        "relative_attention_num_buckets": 32,
+    } | changes
+
+
+def clip_config(**changes: Any) -> dict[str, Any]:
+    """The config of Wan's image encoder, with changes."""
+    return {
+        "_class_name": "CLIPVisionModel",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "projection_dim": 1024,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    } | changes
+
+
+def encoder_tensors(config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the meta device of an encoder: transformers' own UMT5, or Wan's CLIP as it is."""
+    if config["_class_name"] == "CLIPVisionModel":
+        return {name: torch.empty(shape, device="meta") for name, shape in _clip(config).items()}
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    said = {key: value for key, value in config.items() if key != "_class_name"}
+    with torch.device("meta"):
+        state = UMT5EncoderModel(UMT5Config(**said)).state_dict()
+    return {name: state[name] for name in state if name != "encoder.embed_tokens.weight"}
+
+
+def _clip(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    dim, wide, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    places = (config["image_size"] // patch) ** 2 + 1
+    found: dict[str, tuple[int, ...]] = {
+        "log_scale": (),
+        "visual.cls_embedding": (1, 1, dim),
+        "visual.pos_embedding": (1, places, dim),
+        "visual.patch_embedding.weight": (dim, config["num_channels"], patch, patch),
+        "visual.head": (dim, config["projection_dim"]),
+    }
+    norms = ["visual.pre_norm", "visual.post_norm"]
+    for i in range(config["num_hidden_layers"]):
+        block = f"visual.transformer.{i}"
+        norms += [f"{block}.norm1", f"{block}.norm2"]
+        for name, rows, columns in (
+            ("attn.to_qkv", 3 * dim, dim),
+            ("attn.proj", dim, dim),
+            ("mlp.0", wide, dim),
+            ("mlp.2", dim, wide),
+        ):
+            found[f"{block}.{name}.weight"], found[f"{block}.{name}.bias"] = (
+                (rows, columns),
+                (rows,),
+            )
+    return found | {f"{norm}.{leaf}": (dim,) for norm in norms for leaf in ("weight", "bias")}
+
+
 QWEN_SMALL = {"num_layers": 2, "num_attention_heads": 2, "joint_attention_dim": 96}
 LAYERED = {"use_additional_t_cond": True, "use_layer3d_rope": True}
 WAN_SMALL = {"num_layers": 2, "num_attention_heads": 2, "text_dim": 96, "ffn_dim": 384}
@@ -82,12 +149,22 @@ TI2V = {
     "ffn_dim": 14336,
 }
 Z_SMALL = {"dim": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48}
+UMT5_SMALL = {"vocab_size": 64, "d_model": 96, "d_kv": 32, "d_ff": 160, "num_heads": 4}
+CLIP_SMALL = {"hidden_size": 160, "intermediate_size": 320, "projection_dim": 64}
 CONFIGS = {
+    "clip_vision": (
+        clip_config(**CLIP_SMALL, num_hidden_layers=2, num_attention_heads=2),
+        clip_config(),
+    ),
     "qwen_image": (
         qwen_image_config(**QWEN_SMALL),
         qwen_image_config(**QWEN_SMALL, **LAYERED),
         qwen_image_config(**QWEN_SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}),
         qwen_image_config(),
+    ),
+    "umt5": (
+        umt5_config(**UMT5_SMALL, num_layers=2),
+        umt5_config(),
     ),
     "wan": (
         wan_config(**WAN_SMALL),

@@ -17,6 +17,8 @@ from dqconvert.converter.families import families
 from dqconvert.converter.family import Fold, depth, fill
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
+from dqconvert.converter.resolve import Model
+from dqconvert.converter.statistics import config_of
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers import precondition
 from dqconvert.quantizers.errors import SourceError
@@ -39,8 +41,10 @@ SMALL = [
     if checkpoints.small(config)
 ]
 RUNNABLE = [
-    one for one in SMALL if not one.values[1].get("siglip_feat_dim")
-]  # diffusers wants more inputs for these
+    one
+    for one in SMALL
+    if one.values[1]["_class_name"] in tiny.INPUTS and not one.values[1].get("siglip_feat_dim")
+]
 REAL = {
     "qwen_image": configs.qwen_image_config(),
     "wan": configs.wan_config(),
@@ -241,3 +245,13 @@ def test_layers_that_a_runtime_keeps(name: str, target: str, kept: set[str]) -> 
     plan = plan_of(name, target)
     assert kept <= set(plan.context.kept)
     assert kept.isdisjoint(plan.context.layers)
+
+
+def test_a_config_may_deny_what_shapes_do_not_tell() -> None:
+    """Norms over all heads of Wan at once say nothing of how many there are."""
+    config = {**configs.CONFIGS["wan"][0], "num_attention_heads": 4, "attention_head_dim": 64}
+    source = open_canonical(Memory(meta_model(config)), PATH)
+    said = config_of(Model("wan", PATH, None, config), source)
+    assert (said["num_attention_heads"], said["attention_head_dim"]) == (4, 64)
+    with pytest.raises(SourceError, match="ffn_dim"):
+        config_of(Model("wan", PATH, None, {**config, "ffn_dim": 5}), source)

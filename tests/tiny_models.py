@@ -31,7 +31,7 @@ def forward(model: Any) -> Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
 
     with torch.no_grad():
-        found = _INPUTS[type(model).__name__](model, noise)[0]
+        found = INPUTS[type(model).__name__](model, noise)[0]
     return torch.stack(list(found)) if isinstance(found, list) else found
 
 
@@ -68,7 +68,7 @@ def _z_image(model: Any, noise: Callable[..., Tensor]) -> Any:
     )
 
 
-_INPUTS: Mapping[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
+INPUTS: Mapping[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
     "QwenImageTransformer2DModel": _qwen_image,
     "WanTransformer3DModel": _wan,
     "ZImageTransformer2DModel": _z_image,

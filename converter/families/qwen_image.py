@@ -71,9 +71,7 @@ def _config_of(infos: Infos) -> dict[str, Any]:
         "attention_head_dim": head,
         "num_attention_heads": hidden // head,
         "joint_attention_dim": infos["txt_in.weight"].shape[1],
-        "guidance_embeds": False,
         "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
-        "zero_cond_t": False,
         "use_additional_t_cond": layered,
         "use_layer3d_rope": layered,
     }

@@ -92,12 +92,8 @@ def _config_of(infos: Infos) -> dict[str, Any]:
         "freq_dim": infos[f"{_EMBEDDER}.time_embedder.linear_1.weight"].shape[1],
         "ffn_dim": infos["blocks.0.ffn.net.0.proj.weight"].shape[0],
         "num_layers": depth(infos, "blocks"),
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
         "image_dim": images.shape[0] if images else None,
         "added_kv_proj_dim": added.shape[1] if added else None,
-        "rope_max_seq_len": 1024,
         "pos_embed_seq_len": places.shape[1] if places else None,
     }
 
@@ -143,6 +139,7 @@ FAMILY = Family(
     linears=_LINEARS,
     dialects={"diffusers": (), "original": _ORIGINAL, "lightx2v": _ORIGINAL},
     config_of=_config_of,
+    assumed=("num_attention_heads", "attention_head_dim"),
     facts=_facts,
     sensitive=(f"{_BLOCK}.attn1.to_out.0", f"{_BLOCK}.attn2.to_out.0"),
     # All blocks read one time projection, so none can divide its own shift and scale. Cross
