@@ -278,7 +278,8 @@ class _Planner:
         activation = scheme.activation
         if static == "optional" and activation is not None:
             form = replace(form, input_scale=self.options.calibrated and not first.splits)
-            if activation.tile == (ALL, ALL) and not form.input_scale:
+            made = self.target.activation(form, scheme)  # some find a scale at run time
+            if made is not None and made.tile == (ALL, ALL) and not form.input_scale:
                 # the runtime would quantize these inputs at scale 1: adaLN's see one row per
                 # image, so nothing is saved, and those behind a GELU pass the largest code
                 form = replace(form, full_precision=gelu or bool(first.splits))

@@ -82,7 +82,10 @@ def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
     scaled = [
         form
         for form in plan.context.layers.values()
-        if CODES[form.spec.code].is_float and form.spec.tile == (ALL, ALL) and not form.input_scale
+        if CODES[form.spec.code].is_float
+        and form.spec.tile == (ALL, ALL)
+        and not form.input_scale
+        and getattr(plan.target.activation(form, plan.scheme), "tile", (ALL, ALL)) == (ALL, ALL)
     ]
     if scaled and plan.target.static(plan.scheme, plan.context.layout) == "optional":
         whole = sum(form.full_precision for form in scaled)
