@@ -1,26 +1,29 @@
-"""diffusers (nunchaku_lite): a model folder that `from_pretrained` of diffusers >= 0.40 loads.
+"""diffusers >= 0.42: what `from_pretrained` or `from_single_file` of a model class loads.
 
     diffusion_pytorch_model.safetensors, config.json with a "quantization_config"
-    <linear>.qweight, wscales, wtscale and wcscales (NVFP4), smooth_factor, proj_down, proj_up,
-             bias (if the linear has one)
-    <modulation>.qweight, wscales, wzeros, bias
 
-under the names of the model's own modules, so q, k and v stand apart. Modulation rows are in
-natural order. Activations are never unsigned: nothing is added behind a GELU. Keys must match
-exactly.
-
-Source: diffusers/quantizers/nunchaku/utils.py, diffusers/quantizers/quantization_config.py.
+under the names of the model's own modules, so q, k and v stand apart. The layout decides who
+quantizes, and that is a Loader (formats/loaders): nunchaku_lite, torchao, bitsandbytes, auto-round;
+BFL reads single files, and layerwise casting is no quantizer at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats import svdq
 from dqconvert.formats.form import FileContext, PackedForm
-from dqconvert.formats.recognition import Infos, disagreements, layers_with, scheme_named
+from dqconvert.formats.loaders import RUNTIME, Loader
+from dqconvert.formats.loaders.auto_round import AutoRound
+from dqconvert.formats.loaders.bfl import Bfl
+from dqconvert.formats.loaders.bitsandbytes import BitsAndBytes
+from dqconvert.formats.loaders.layerwise import Layerwise
+from dqconvert.formats.loaders.nunchaku_lite import NunchakuLite
+from dqconvert.formats.loaders.torchao import TorchAoLoader
+from dqconvert.formats.recognition import Infos
 from dqconvert.formats.targets import Recognized
+from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import QuantSpec, Scheme, TensorInfo
 
 if TYPE_CHECKING:
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
     from dqconvert.quantizers.tensors import QuantizedTensor
 
 NAME = "diffusers"
-SUMMARY = "model folder for diffusers >= 0.40 (nunchaku_lite)"
+SUMMARY = "model folder or single file for diffusers >= 0.42"
 DIALECT = "diffusers"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
@@ -37,138 +40,121 @@ PARTIAL = True
 ROWS = False
 FOLDER = ""
 
-LAYOUT = svdq.Layout(
-    smooth=("smooth_factor",),
-    down="proj_down",
-    up="proj_up",
-    bias=False,
-    both_scales=True,
-    modulation=False,
+LOADERS: tuple[Loader, ...] = (
+    NunchakuLite(),
+    TorchAoLoader(),
+    BitsAndBytes(),
+    AutoRound(),
+    Bfl(),
+    Layerwise(),
 )
+"""In the order in which their layouts are offered."""
+
+_BY_LAYOUT = {"": LOADERS[0]} | {name: loader for loader in LOADERS for name in loader.names}
 
 
 def accepts(scheme: Scheme) -> str | None:
     """See formats/targets."""
-    return svdq.accepts(scheme)
+    if layouts(scheme):
+        return None
+    if "lowrank" in scheme.steps:
+        return svdq.accepts(scheme)
+    if "rotate" in scheme.steps:
+        return "no loader of diffusers rotates the inputs"
+    if "smooth" in scheme.steps:
+        return "no loader of diffusers divides the inputs by a smooth vector"
+    if scheme.weight.scale == "F8_E8M0":
+        return "diffusers reads MX formats for Blackwell alone, where nothing here could check them"
+    if scheme.weight.code in ("e4m3", "e5m2"):
+        return "diffusers' loaders of fp8 read e4m3 with a scale per row or per 128x128 block"
+    return f"diffusers has no loader for {scheme.weight.code} in tiles of {scheme.weight.tile}"
 
 
 def layouts(scheme: Scheme) -> tuple[str, ...]:
-    """There is one."""
-    return ("",)
+    """See formats/targets."""
+    return tuple(name for loader in LOADERS for name in loader.layouts(scheme))
 
 
 def adapt(scheme: Scheme, layout: str) -> Scheme:
-    """The scheme fits as it is."""
-    return scheme
+    """See formats/targets."""
+    return _BY_LAYOUT[layout].adapt(scheme, layout)
 
 
 def static(scheme: Scheme, layout: str) -> str:
     """See formats/targets."""
-    return "never"
+    return _BY_LAYOUT[layout].static(scheme, layout)
 
 
 def problem(form: PackedForm) -> str | None:
     """See formats/targets."""
     if form.parts != 1:
         return f"modules stay apart here; the layer stacks {form.parts}"
-    return svdq.problem(LAYOUT, form, shift(form))
+    return _loader(form).problem(form)
 
 
 def shift(form: PackedForm) -> float:
-    """Activations are always quantized with their sign."""
+    """Nothing is added to inputs: activations are always quantized with their sign."""
     return 0.0
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
-    """Inputs of modulation linears stay in 16 bit."""
-    return None if svdq.is_w4a16(form) else scheme.activation
+    """See formats/targets."""
+    return _loader(form).activation(form, scheme)
 
 
 def promise(form: PackedForm) -> dict[str, TensorInfo]:
     """See formats/targets."""
-    return svdq.promise(LAYOUT, form)
+    return _loader(form).layout(form).promise(form)
 
 
 def pack(form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
     """See formats/targets."""
-    from dqconvert.formats import svdq_tensors
-
-    return svdq_tensors.pack(LAYOUT, form, q)
+    return _loader(form).layout(form).pack(form, q)
 
 
 def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """See formats/targets."""
-    from dqconvert.formats import svdq_tensors
-
-    return svdq_tensors.unpack(LAYOUT, form, tensors)
+    return _loader(form).layout(form).unpack(form, tensors)
 
 
 def recognize(
     infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> Recognized | None:
-    """Folders whose config says nunchaku_lite."""
-    said = config.get("quantization_config")
-    if not isinstance(said, Mapping) or said.get("quant_method") != "nunchaku_lite":
+    """Files of any loader; at most one takes a file for its own."""
+    if metadata.get(RUNTIME, NAME) != NAME:
         return None
-    w4a4, w4a16 = _section(said, "svdq_w4a4"), _section(said, "awq_w4a16")
-    rank = w4a4.get("rank")
-    forms, problems = svdq.read_forms(LAYOUT, layers_with(infos, "qweight"), infos, rank)
-    linears = {name: form for name, form in forms.items() if not svdq.is_w4a16(form)}
-    problems += _target_problems("svdq_w4a4", w4a4, linears)
-    problems += _target_problems("awq_w4a16", w4a16, forms.keys() - linears.keys())
-    precisions = [_precision(form) for form in linears.values()]
-    problems += disagreements("config svdq_w4a4.precision", w4a4.get("precision"), precisions)
-    ranks = [form.rank for form in linears.values()]
-    problems += disagreements("config svdq_w4a4.rank", rank, ranks)
-    return Recognized(
-        scheme=scheme_named(NAME, [form.spec for form in linears.values()]),
-        rank=max(ranks, default=0),
-        forms=forms,
-        problems=tuple(problems),
-    )
-
-
-def _section(said: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    section = said.get(name)
-    return section if isinstance(section, Mapping) else {}
-
-
-def _target_problems(name: str, section: Mapping[str, Any], packed: Collection[str]) -> list[str]:
-    listed = section.get("targets")
-    targets = set(listed) if isinstance(listed, list) else set()
-    lines = [f"{layer}: a target of {name} that is not packed" for layer in targets - set(packed)]
-    lines += [f"{layer}: packed, but not a target of {name}" for layer in set(packed) - targets]
-    return sorted(lines)
-
-
-def _precision(form: PackedForm) -> str:
-    return "nvfp4" if svdq.is_nvfp4(form.spec) else "int4"
+    found = (loader.recognize(infos, metadata, config) for loader in LOADERS)
+    return next((one for one in found if one is not None), None)
 
 
 def filename(context: FileContext) -> str:
-    """The name that diffusers looks for."""
-    return "diffusion_pytorch_model.safetensors"
+    """See formats/targets."""
+    return _loader_of(context).filename(context)
 
 
 def metadata(context: FileContext) -> dict[str, str]:
-    """What diffusers demands of a safetensors header."""
-    return {"format": "pt"}
+    """See formats/targets. PlanError where layers want different loaders."""
+    return _loader_of(context).metadata(context)
 
 
 def config(context: FileContext) -> dict[str, Any] | None:
-    """The model's config with the quantization_config that names every packed module."""
-    said: dict[str, Any] = {"quant_method": "nunchaku_lite", "compute_dtype": "bfloat16"}
-    names = context.layers
-    linears = [name for name, form in names.items() if not svdq.is_w4a16(form)]
-    modulation = [name for name, form in names.items() if svdq.is_w4a16(form)]
-    if linears:
-        nvfp4 = svdq.is_nvfp4(context.scheme.weight)
-        said["svdq_w4a4"] = {
-            "precision": "nvfp4" if nvfp4 else "int4",
-            "group_size": 16 if nvfp4 else 64,
-            "rank": context.rank,
-            "targets": linears,
-        }
-    if modulation:
-        said["awq_w4a16"] = {"precision": "int4", "group_size": 64, "targets": modulation}
-    return {**context.config, "quantization_config": said}
+    """The model's config, with the quantization_config of a loader that reads one."""
+    section = _loader_of(context).section(context)
+    said = {} if section is None else {"quantization_config": section}
+    return {**context.config, **said}
+
+
+def _loader(form: PackedForm) -> Loader:
+    return _BY_LAYOUT[form.layout]
+
+
+def _loader_of(context: FileContext) -> Loader:
+    loader = _BY_LAYOUT[context.layout]
+    others = [name for name, form in context.layers.items() if _loader(form) is not loader]
+    if others:
+        raise PlanError(
+            f"{name}: diffusers has one quantizer for a model; the layout "
+            f"{context.layers[name].layout} cannot stand beside {context.layout}"
+            for name in others
+        )
+    return loader
