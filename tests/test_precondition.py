@@ -20,23 +20,24 @@ HIDDEN = 32
 Weights = dict[str, Tensor]
 
 
-def build_flux(dtype: torch.dtype) -> Any:
+def build_flux(dtype: torch.dtype, **changes: Any) -> Any:
     """diffusers' own transformer, two double and two single blocks, with large random weights."""
     from diffusers import FluxTransformer2DModel
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=2,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=24,
-            pooled_projection_dim=20,
-            guidance_embeds=True,
-            axes_dims_rope=(4, 6, 6),
-        )
+        config = {
+            "in_channels": 16,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 24,
+            "pooled_projection_dim": 20,
+            "guidance_embeds": True,
+            "axes_dims_rope": (4, 6, 6),
+        }
+        model = FluxTransformer2DModel(**config | changes)
         for tensor in model.parameters():
             tensor.data += 0.1 * torch.randn_like(tensor)
     return model.to(dtype).eval()
@@ -44,16 +45,16 @@ def build_flux(dtype: torch.dtype) -> Any:
 
 def run(model: Any) -> Tensor:
     rng = torch.Generator().manual_seed(1)
-    dtype = next(model.parameters()).dtype
+    dtype, config = next(model.parameters()).dtype, model.config
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
 
     with torch.no_grad():
         found: Tensor = model(
-            hidden_states=noise(1, 9, 16),
-            encoder_hidden_states=noise(1, 5, 24),
-            pooled_projections=noise(1, 20),
+            hidden_states=noise(1, 9, config.in_channels),
+            encoder_hidden_states=noise(1, 5, config.joint_attention_dim),
+            pooled_projections=noise(1, config.pooled_projection_dim),
             timestep=torch.tensor([0.4], dtype=dtype),
             guidance=torch.tensor([3.5], dtype=dtype),
             img_ids=torch.randn(9, 3, generator=rng),
@@ -63,10 +64,10 @@ def run(model: Any) -> Tensor:
     return found
 
 
-def random_transform(seed: int, dtype: torch.dtype, center: bool) -> Transform:
+def random_transform(seed: int, dtype: torch.dtype, center: bool, width: int = HIDDEN) -> Transform:
     rng = torch.Generator().manual_seed(seed)
-    smooth = torch.exp(1.5 * torch.randn(HIDDEN, generator=rng, dtype=torch.float64)).to(dtype)
-    mu = torch.randn(HIDDEN, generator=rng, dtype=torch.float64).to(dtype)
+    smooth = torch.exp(1.5 * torch.randn(width, generator=rng, dtype=torch.float64)).to(dtype)
+    mu = torch.randn(width, generator=rng, dtype=torch.float64).to(dtype)
     return Transform(smooth, mu if center else None)
 
 
