@@ -7,7 +7,7 @@ from dqconvert.quantizers.schemes.plain8 import INT8_ROW
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 
 GROUP = 256
-INT4_ROW = QuantSpec("int4", (1, ALL), full_range=True)
+INT4_ROW = QuantSpec("int4", (1, ALL), full_range=True, floor=1e-10 / 7)
 LUT4_GROUP16 = QuantSpec("lut4", (1, 16), scale="F8_E4M3", tensor_scale="F32")
 
 SCHEMES = (
