@@ -235,6 +235,20 @@ def calibrate(quiet: bool, as_json: bool, **words: Any) -> None:
     show.made(path, as_json)
 
 
+@main.command("rebase-lora")
+@click.argument("lora", type=PATH)
+@click.option("--onto", type=PATH, required=True, metavar="OUT", help="A preconditioned output.")
+@click.option("-o", "--output", type=PATH, required=True, metavar="FILE")
+@click.option("--overwrite", is_flag=True)
+@click.option("--json", "as_json", is_flag=True)
+@reported
+def rebase_lora(lora: Path, onto: Path, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Rewrite LORA, of the original weights, for OUT, whose weights --precondition changed."""
+    from dqconvert.converter.rebase import rebase
+
+    show.made(rebase(lora, onto, output, overwrite), as_json)
+
+
 def _rows(what: str) -> list[dict[str, str]]:
     from dqconvert.converter.families import families
     from dqconvert.converter.resolve import embedded
