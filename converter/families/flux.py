@@ -44,6 +44,9 @@ _LINEARS = (
     Linear(f"{_SINGLE}.proj_out", "mlp", "out", gelu="hidden"),
 )
 
+_DOUBLE_LINEARS = tuple(row.name for row in _LINEARS if row.name.startswith(f"{_DOUBLE}."))
+_DOUBLE_MLP = tuple(name for name in _DOUBLE_LINEARS if ".ff" in name)
+
 _FOLDS = (
     Fold(tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), f"{_DOUBLE}.norm1.linear"),
     Fold(
@@ -252,7 +255,12 @@ FAMILY = Family(
     dialects={"diffusers": (), "original": _ORIGINAL, "nunchaku": _NUNCHAKU},
     config_of=_config_of,
     facts=_facts,
-    policies={"sglang": {"modulation": None}, "vllm": {"modulation": None}},
+    policies={
+        # What these build unquantized whatever the config says: SGLang the feed-forwards of
+        # double blocks, vLLM-Omni all of them (safe_quant_config).
+        "sglang": dict.fromkeys(("modulation", *_DOUBLE_MLP)),
+        "vllm": dict.fromkeys(("modulation", *_DOUBLE_LINEARS)),
+    },
     # The 8 bit layers of ConvRot's mix (2512.03673, table 8).
     sensitive=(f"{_DOUBLE}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=_FOLDS,

@@ -63,23 +63,26 @@ def swallowed(entries: Iterable[Any], packed: Iterable[str], rule: Rule) -> list
     ]
 
 
-def kept_names(context: FileContext, rule: Rule) -> list[str]:
+def kept_names(context: FileContext, rule: Rule, patterns: bool = False) -> list[str]:
     """Names of unquantized linears, without those that would take packed layers with them.
 
-    A linear inside a Sequential is listed under the name of that, too. What is left out are
-    linears outside of blocks (FLUX's proj_out), which runtimes build unquantized in any case.
+    A linear inside a Sequential is listed under the name of that, too, since runtimes differ in
+    which they call it by. What is left out are linears outside of blocks (FLUX's proj_out), which
+    runtimes build unquantized in any case; where the runtime reads file name patterns, they are
+    listed as one: [p]roj_out is proj_out to it, and part of no name.
     """
+    packed = tuple(context.layers)
     found = []
     for name in context.kept:
         parent, _, leaf = name.rpartition(".")
-        found += [name, parent] if leaf.isdigit() and parent else [name]
-    packed = tuple(context.layers)
-    return [name for name in dict.fromkeys(found) if not any(rule(name, p) for p in packed)]
+        if not _takes(name, packed, rule):
+            found.append(name)
+        elif patterns:
+            found.append(f"[{name[0]}]{name[1:]}")
+        if parent and leaf.isdigit() and not _takes(parent, packed, rule):
+            found.append(parent)
+    return list(dict.fromkeys(found))
 
 
-def unmistakable(name: str, packed: Iterable[str], rule: Rule) -> str:
-    """The name, or a pattern for it alone where the rule would also match a packed layer.
-
-    [p]roj_out is proj_out to a reader of file name patterns, and part of no name.
-    """
-    return f"[{name[0]}]{name[1:]}" if any(rule(name, layer) for layer in packed) else name
+def _takes(entry: str, packed: Iterable[str], rule: Rule) -> bool:
+    return any(rule(entry, layer) for layer in packed)

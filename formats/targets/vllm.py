@@ -258,13 +258,12 @@ def config(context: FileContext) -> dict[str, Any]:
     method = context.layout or _layouts(kind)[0]
     if kind == "fp8-tensor" and all(form.input_scale for form in context.layers.values()):
         method = "modelopt"
+    kept = folder.kept_names(context, _rule(method), patterns=method == "modelopt")
     if method == COMPRESSED:
-        return folder.joined(context, compressed.compressed_config(kind, spec, context.kept))
+        return folder.joined(context, compressed.compressed_config(kind, spec, kept))
     if method == AUTO_ROUND:
-        return folder.joined(context, _auto_round(context))
+        return folder.joined(context, _auto_round(context, kept))
     if method == "modelopt":
-        packed = tuple(context.layers)
-        kept = [folder.unmistakable(name, packed, _rule(method)) for name in context.kept]
         return folder.joined(context, modelopt_config(ALGORITHMS[kind], kept))
     said: dict[str, Any] = {"quant_method": method, "activation_scheme": "dynamic"}
     said["is_checkpoint_int8_serialized" if kind == "int8" else "is_checkpoint_fp8_serialized"] = (
@@ -272,13 +271,13 @@ def config(context: FileContext) -> dict[str, Any]:
     )
     if kind == "fp8-block128":
         said["weight_block_size"] = [128, 128]
-    return folder.joined(context, {**said, KEPT: list(context.kept)})
+    return folder.joined(context, {**said, KEPT: kept})
 
 
-def _auto_round(context: FileContext) -> dict[str, Any]:
+def _auto_round(context: FileContext, kept: list[str]) -> dict[str, Any]:
     """auto-round's GPTQ packing: the lists of blocks, and what stays in 16 bit of them."""
     blocks = dict.fromkeys(name.split(".")[0] for name in context.layers)
-    kept = [name for name in context.kept if name.split(".")[0] in blocks]
+    inside = [name for name in kept if name.split(".")[0] in blocks]
     return {
         "quant_method": AUTO_ROUND,
         "packing_format": "auto_round:auto_gptq",
@@ -287,5 +286,5 @@ def _auto_round(context: FileContext) -> dict[str, Any]:
         "sym": True,
         "data_type": "int",
         "block_name_to_quantize": ",".join(blocks),
-        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in kept},
+        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in inside},
     }
