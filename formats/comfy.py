@@ -39,6 +39,9 @@ ROW, TENSOR = (1, ALL), (ALL, ALL)
 WIDEST = 256
 """The rotation where an entry names none."""
 
+GROUPS = {"awq_w4a16": 64, "asym_w4a8_int8": 16}
+"""The groups where an entry names none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Format:
@@ -168,8 +171,8 @@ def marker(form: PackedForm) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An entry or marker, understood. format: a name in FORMATS; rotation: 0 for none; group:
-    None where it names none; fault: what makes ComfyUI refuse it.
+    """An entry or marker, understood. format: a name in FORMATS; rotation: 0 for none; group: of
+    columns, None where the format has none; fault: what makes ComfyUI refuse it.
     """
 
     format: str = ""
@@ -199,7 +202,7 @@ def understood(value: object) -> Said:
     return Said(
         name,
         rotation=(numbers["convrot_groupsize"] or WIDEST) if rotated else 0,
-        group=numbers["group_size"],
+        group=numbers["group_size"] or GROUPS.get(name),
         symmetric=said.get(SYMMETRIC) is True,
         full_precision=bool(said.get(FULL_PRECISION)),
     )

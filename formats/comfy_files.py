@@ -62,23 +62,32 @@ class ComfyFile:
 def read(infos: Infos, metadata: Mapping[str, str]) -> ComfyFile | None:
     """A file with markers, with entries in its metadata, or with scaled_fp8; None for others."""
     marked = layers_with(infos, "comfy_quant")
-    if ENTRIES not in metadata and not marked:
-        return _legacy(infos)
-    found = ComfyFile()
+    older = next((p + "scaled_fp8" for p in PREFIXES if p + "scaled_fp8" in infos), None)
+    if ENTRIES not in metadata and not marked and older is None:
+        return None
+    found = ComfyFile(extras=(older,) if older else ())
     entries = _entries(infos, metadata, found)
     for layer in dict.fromkeys([*entries, *marked]):
         said = understood(entries[layer]) if layer in entries else None
         layout = BOTH if layer in marked and said else MARKERS if layer in marked else HEADER
         _layer(layer, infos, (said, layout), found)
-    for layer in layers_with(infos, "weight_scale"):
-        weight = infos.get(f"{layer}.weight")
-        if weight and weight.dtype in PACKED_DTYPES and not {layer} & {*entries, *marked}:
-            found.problems.append(
-                f"{layer}.weight_scale: nothing says the layer's format, so ComfyUI drops the "
-                f"scale and takes the weight as it is"
-            )
+    if older and ENTRIES not in metadata:
+        _legacy(infos, infos[older].numel == 2, found)
+    found.problems += _unsaid(infos, {*entries, *marked, *found.forms})
     found.problems += _misplaced(found.forms)
     return found if found.forms or found.problems else None
+
+
+def _unsaid(infos: Infos, said: set[str]) -> Iterator[str]:
+    """Packed weights of which ComfyUI is told nothing."""
+    for suffix in ("weight_scale", "scale_weight", "weight_s_rel"):
+        for layer in layers_with(infos, suffix):
+            weight = infos.get(f"{layer}.weight")
+            if layer not in said and weight and weight.dtype in PACKED_DTYPES:
+                yield (
+                    f"{layer}.{suffix}: neither a marker nor the metadata names the layer, so "
+                    "ComfyUI drops its scales and takes the weight as it is"
+                )
 
 
 def _entries(infos: Infos, metadata: Mapping[str, str], found: ComfyFile) -> dict[str, Any]:
@@ -100,11 +109,14 @@ def _layer(layer: str, infos: Infos, way: tuple[Said | None, str], found: ComfyF
     if said is not None and said.fault:
         found.problems.append(f"metadata {ENTRIES}, {layer}: {said.fault}")
         return
-    weight = infos.get(f"{layer}.weight")
+    weight, groups = infos.get(f"{layer}.weight"), infos.get(f"{layer}.weight_s_rel")
     said = said or _looks(layer, infos)
     if weight is None or len(weight.shape) != 2 or said is None:
         what = "missing" if weight is None else f"{describe(weight)} is no packed weight"
         found.problems.append(f"{layer}.weight: {what}, but the layer is said to be one")
+        return
+    if groups and weight.shape[1] * 4 == groups.shape[-1] * (said.group or 16) * 3:
+        found.problems.append(f"{layer}.weight: six bits a weight, which is not supported")
         return
     form = _form(layer, infos, said, layout)
     if layout == MARKERS:
@@ -230,13 +242,8 @@ def _alike(found: TensorInfo, need: TensorInfo, style: Format) -> bool:
     return same and (found.shape == need.shape or {found.shape, need.shape} == {(), (1,)})
 
 
-def _legacy(infos: Infos) -> ComfyFile | None:
-    """A file with scaled_fp8: its layers are those that have a scale_weight."""
-    name = next((p + "scaled_fp8" for p in PREFIXES if p + "scaled_fp8" in infos), None)
-    if name is None:
-        return None
-    found = ComfyFile(extras=(name,))
-    exact = infos[name].numel == 2
+def _legacy(infos: Infos, exact: bool, found: ComfyFile) -> None:
+    """The layers of scaled_fp8: those that have a scale_weight."""
     for layer in layers_with(infos, "scale_weight"):
         weight, bias = infos.get(f"{layer}.weight"), infos.get(f"{layer}.bias")
         if weight is None or weight.dtype != "F8_E4M3" or len(weight.shape) != 2:
@@ -254,8 +261,6 @@ def _legacy(infos: Infos) -> ComfyFile | None:
         )
         found.problems += _differences(layer, SCALED_FP8, form, infos)
         found.forms[layer] = form
-    found.problems += _misplaced(found.forms)
-    return found
 
 
 def _misplaced(forms: Mapping[str, PackedForm]) -> Iterator[str]:

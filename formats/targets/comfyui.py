@@ -31,6 +31,7 @@ from dqconvert.formats import comfy_files
 from dqconvert.formats.comfy import (
     BOTH,
     ENTRIES,
+    GROUPS,
     HEADER,
     LEGACY,
     MARKERS,
@@ -173,21 +174,27 @@ def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """
     found, rotation = known(form), form.rotation
     if "comfy_quant" in tensors and form.layout != LEGACY:
-        text = bytes(tensors["comfy_quant"].tolist()).decode(errors="replace")
-        said = understood(json_object(text))
-        if said.fault:
-            raise SourceError(f"comfy_quant: {said.fault}")
-        if said.format != found.name:
-            raise SourceError(f"comfy_quant says {said.format}; the layer is {found.name}")
-        if form.layout == MARKERS:
-            rotation = said.rotation
-        elif said.rotation != rotation:
-            raise SourceError(
-                f"comfy_quant says {_rotated(said.rotation)}, but the file's metadata says "
-                f"{_rotated(rotation)}, which is what ComfyUI believes"
-            )
+        rotation = _marked(form, bytes(tensors["comfy_quant"].tolist()))
     q = found.layout.unpack(found.inner(replace(form, rotation=rotation)), tensors)
     return replace(q, rotation=rotation, shift=form.shift)
+
+
+def _marked(form: PackedForm, text: bytes) -> int:
+    """The rotation by a layer's marker, which must not contradict what is known of it."""
+    said, name = understood(json_object(text.decode(errors="replace"))), known(form).name
+    fault = said.fault
+    if not fault and said.format != name:
+        fault = f"says {said.format}; the layer is {name}"
+    if not fault and name in GROUPS and said.group != form.spec.tile[1]:
+        fault = f"says groups of {said.group}, the scales are of {form.spec.tile[1]}"
+    if not fault and form.layout != MARKERS and said.rotation != form.rotation:
+        fault = (
+            f"says {_rotated(said.rotation)}, but the file's metadata says "
+            f"{_rotated(form.rotation)}, which is what ComfyUI believes"
+        )
+    if fault:
+        raise SourceError(f"comfy_quant: {fault}")
+    return said.rotation
 
 
 def _rotated(rotation: int) -> str:
