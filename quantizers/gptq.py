@@ -148,9 +148,14 @@ class _Grid:
         return values.repeat_interleave(rows)[: self.codes.shape[0]] if rows > 1 else values
 
 
-def absmax_refit(start: QuantizedTensor) -> Refit:
-    """The scales of rounding to nearest, under the second-level scales of a quantized weight."""
+def absmax_refit(start: QuantizedTensor) -> Refit | None:
+    """The scales of rounding to nearest, under the second-level scales of a quantized weight.
+
+    None where those of a codebook come from more than that.
+    """
     spec = start.spec
+    if spec.code == "lut4":
+        return None
 
     def refit(block: Tensor, column: int) -> tuple[Tensor, Tensor | None]:
         if spec.zero_point:

@@ -28,7 +28,7 @@ from dqconvert.quantizers.tensors import QuantizedTensor
 FRACTIONS = tuple(1 - 0.025 * step for step in range(19))
 """Of the largest magnitude of a tile: 1 .. 0.55."""
 
-ENDS = (1.0, 0.9, 0.8, 0.7)
+ENDS = (1.0, 0.95, 0.9, 0.8)
 """Of either end of a range with a zero point."""
 
 NEIGHBOURS = (0, -4, -3, -2, -1, 1, 2, 3, 4, 5)

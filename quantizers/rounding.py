@@ -126,17 +126,12 @@ def offer(
     if not learns or known is None:
         return
     if not searched:
-        consider(gptq.quantize(weight, known.factor, plain, _absmax_refit(plain)))
+        consider(gptq.quantize(weight, known.factor, plain, gptq.absmax_refit(plain)))
         return
     consider(gptq.quantize(weight, known.factor, fitted, _mse_refit(fitted, known.mean_square)))
     if aim.weight_only:
         order, upper = known.loudest
         consider(gptq.quantize(weight, upper, fitted, order=order))
-
-
-def _absmax_refit(start: QuantizedTensor) -> gptq.Refit | None:
-    """Scales of a group as rounding to nearest would set them now."""
-    return None if start.spec.code == "lut4" else gptq.absmax_refit(start)
 
 
 def _mse_refit(start: QuantizedTensor, mean_square: Tensor) -> gptq.Refit | None:
