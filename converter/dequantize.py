@@ -1,4 +1,7 @@
-"""A quantized file back to a plain bf16 checkpoint, in the dialect that the source had."""
+"""A quantized file back to a plain bf16 checkpoint, in the dialect that the source had.
+
+What was folded and centered is unfolded again, so that LoRAs of the original fit.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from dqconvert.converter.canonical import compose, composed_info, entries_of
 from dqconvert.converter.family import fill, leaves, stacked_rows
+from dqconvert.converter.precondition import load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers.errors import OutputError, SourceError
@@ -57,6 +61,8 @@ class _Weights:
 
     def __init__(self, found: Reopened) -> None:
         self._found = found
+        folded = load(found)
+        self._undo = None if folded is None else folded.inverse
         self._pieces: dict[str, list[tuple[PackedLayer, int]]] = {}
         for layer in found.layers:
             for place, module in enumerate(layer.modules):
@@ -70,13 +76,22 @@ class _Weights:
 
     def read(self, name: str) -> Tensor:
         """A canonical tensor [bf16]."""
+        found = self._plain if self._undo is None else self._unfolded
+        return found(name).bfloat16()
+
+    def _unfolded(self, name: str) -> Tensor:
+        assert self._undo is not None
+        return self._undo.transformed(name, self._plain)
+
+    def _plain(self, name: str) -> Tensor:
+        """A canonical tensor as the file has it, fp32 where it was quantized."""
         module, _, leaf = name.rpartition(".")
         if module not in self._pieces:
-            return self._found.read_kept(name).bfloat16()
+            return self._found.read_kept(name)
         pieces = [self._piece(layer, place, leaf) for layer, place in self._pieces[module]]
         if leaf == "bias":  # the others are zeros: it went to the last piece of a split linear
-            return pieces[-1].bfloat16()
-        return torch.cat(pieces, dim=1).bfloat16()
+            return pieces[-1]
+        return torch.cat(pieces, dim=1)
 
     def _piece(self, layer: PackedLayer, place: int, leaf: str) -> Tensor:
         if self._last is None or self._last[0] != layer.name:

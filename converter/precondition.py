@@ -230,10 +230,11 @@ def metadata(precondition: Precondition) -> dict[str, str]:
 
 def save(folder: Path, precondition: Precondition) -> None:
     """Write the vectors: `NAME.smooth` and `NAME.center`, fp32, by the first consumer's name."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as encoded
 
+    found = encoded(_vectors(precondition), {"format": "pt", "version": "1"})
     try:
-        save_file(_vectors(precondition), folder / FILE, {"format": "pt", "version": "1"})
+        (folder / FILE).write_bytes(found)
     except OSError as error:
         raise OutputError(f"{folder / FILE}: {error.strerror}") from error
 

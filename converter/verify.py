@@ -22,6 +22,7 @@ from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import Stats, problem_of
 from dqconvert.converter.options import KEEP, PlanOptions
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
+from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
 from dqconvert.converter.statistics import cache, config_of
@@ -75,12 +76,12 @@ def verify(out: Path, against: str | None = None) -> Verdict:
         report, wrong = _check(found, layer, reference)
         reports += [report] if report else []
         problems += [f"{layer.name}: {what}" for what in wrong]
-    for name in found.kept:
-        tensor = found.read_kept(name)
+    for kept in found.kept:
+        tensor = found.read_kept(kept)
         if not _finite(tensor):
-            problems.append(f"{name}: holds NaN or infinity")
+            problems.append(f"{kept}: holds NaN or infinity")
         elif reference:
-            problems += reference.kept(name, tensor)
+            problems += reference.kept(kept, tensor)
     title = f"{found.family.title}, {name} for {found.target.NAME}"
     return Verdict(title, found.target.NAME, name, tuple(reports), tuple(problems))
 
@@ -116,7 +117,9 @@ def _check(
 
 
 class _Reference:
-    """The model that a file was made from, under the plan that should have made it."""
+    """The model that a file was made from, preconditioned as the file says, under the plan that
+    should have made it.
+    """
 
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
@@ -131,6 +134,10 @@ class _Reference:
             layer.name: layer for layer in self.plan.layers if layer.form
         }
         self._stats = _cached_stats(found)
+        precondition = load(found)
+        if precondition is not None:
+            self.source = PreconditionedSource(self.source, precondition)
+            self._stats = PreconditionedStats(self._stats, precondition, found.family)
         self._said = found.manifest.errors
 
     def differences(self) -> Iterator[str]:
