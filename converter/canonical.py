@@ -133,12 +133,15 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     return required, {name for whole in optional.values() for name in whole}
 
 
-def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, str]]:
+def entries_of(
+    family: Family, dialect: str, infos: Infos, outside: bool = False
+) -> list[tuple[Entry, str]]:
     """Entries of a dialect for a given model, block by block, each with its block index.
 
     The order depends on names alone: one model makes one file, whatever held it. Canonical
     modules that the dialect does not mention keep their name: one entry each. The leaves that
-    exist decide whether an entry for `.*` has a bias.
+    exist decide whether an entry for `.*` has a bias. outside: linears outside the blocks are
+    modules as well.
     """
     table = family.dialects[dialect]
     found: dict[str, tuple[Entry, str]] = {}
@@ -152,7 +155,7 @@ def entries_of(family: Family, dialect: str, infos: Infos) -> list[tuple[Entry, 
             is not None
         ]
         if not rows:
-            linear = family.linear(module)
+            linear = family.linear(module, outside)
             own = Entry(f"{module}.*", (f"{module}.*",)) if linear else Entry(name, (name,))
             rows = [(own, "")]
         for entry, index in rows:

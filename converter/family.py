@@ -84,11 +84,11 @@ class Family:
     first lists every tensor, an empty one is the identity. unread: beginnings of names in such
     checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
     assumed: keys of it that only hold for released models, which a config.json may deny;
-    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target:
-    {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of this
-    family differs from the target's ROLES; the nearest word counts. sensitive: linears that mixed
-    schemes keep at the better format without calibration. folds: where the model itself can hold
-    a smooth vector and a center.
+    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target
+    or layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
+    this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
+    mixed schemes keep at the better format without calibration. folds: where the model itself can
+    hold a smooth vector and a center. outside: linears outside the blocks that some policy names.
     """
 
     name: str
@@ -110,10 +110,14 @@ class Family:
     policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     sensitive: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
+    outside: tuple[Linear, ...] = ()
 
-    def linear(self, name: str) -> tuple[Linear, str] | None:
-        """The table row of a canonical linear and its block index, or None."""
-        for row in self.linears:
+    def linear(self, name: str, outside: bool = False) -> tuple[Linear, str] | None:
+        """The table row of a canonical linear and its block index, or None.
+
+        outside: look among those outside the blocks as well.
+        """
+        for row in (*self.linears, *(self.outside if outside else ())):
             index = match(row.name, name)
             if index is not None:
                 return row, index

@@ -98,7 +98,9 @@ def make_plan(
     planner = _Planner(source, target, scheme, options, layout)
     layers = tuple(
         planner.layer(entry, index)
-        for entry, index in entries_of(source.family, target.DIALECT, source.infos)
+        for entry, index in entries_of(
+            source.family, target.DIALECT, source.infos, outside=layout in source.family.policies
+        )
     )
     if not planner.matched:
         planner.problems.append(f"--keep {options.keep}: matches no linear that is quantized")
@@ -128,6 +130,10 @@ def make_plan(
         settings=options.settings,
         names=tuple(outputs),
     )
+    extras = getattr(target, "extras", None)  # of some targets only
+    if extras:
+        outputs |= extras(context)
+        context = replace(context, names=tuple(outputs))
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
 
@@ -145,7 +151,8 @@ class _Planner:
     ) -> None:
         self.source, self.target, self.scheme, self.options = source, target, scheme, options
         self.layout = layout
-        self.roles = {**target.ROLES, **source.family.policies.get(target.NAME, {})}
+        policies = source.family.policies
+        self.roles = {**target.ROLES, **policies.get(target.NAME, {}), **policies.get(layout, {})}
         self.rank = 0
         if "lowrank" in scheme.steps:
             self.rank = scheme.rank if options.rank is None else options.rank
@@ -159,13 +166,15 @@ class _Planner:
         if not entry.theirs.endswith(".*"):
             return self._kept(entry, index, "not a linear of a block")
         modules = [name.removesuffix(".*") for name in ours]
-        rows = [self.source.family.linear(module) for module in modules]
+        rows = [self.source.family.linear(module, outside=True) for module in modules]
         if any(row is None for row in rows):
             return self._kept(entry, index, "not a linear of a block")
         linears = [row for row in rows if row is not None]
         first = linears[0][0]
         words = (modules[0], first.name, first.role)
         treatment = next((self.roles[word] for word in words if word in self.roles), None)
+        if treatment is None and first in self.source.family.outside:
+            return self._kept(entry, index, "not a linear of a block")
         if treatment is None:
             return self._kept(entry, index, f"{self.target.NAME} keeps {first.role}")
         if any(self.options.choices.get(module) == KEEP for module in modules):

@@ -80,7 +80,7 @@ class Reopened:
         table = self.family.dialects[self.target.DIALECT]
         found: dict[str, tuple[str, Entry]] = {}
         for name in self.source.infos:
-            if name.rpartition(".")[0] in packed:
+            if _layer_of(name) in packed or name in self.recognized.extras:
                 continue
             rows = [
                 (leaf, index)
@@ -145,7 +145,7 @@ class Reopened:
         tensors = {
             name.removeprefix(prefix): self.source.read(name)
             for name in self.source.infos
-            if name.startswith(prefix) and "." not in name.removeprefix(prefix)
+            if _layer_of(name) == layer.name
         }
         return self.target.unpack(layer.form, tensors)
 
@@ -163,7 +163,8 @@ class Reopened:
         table = self.family.dialects[self.target.DIALECT]
         for name, form in self.recognized.forms.items():
             entry, index = _row(table, name)
-            row = self.family.linear(fill(entry.ours[0], index).removesuffix(".*"))
+            module = fill(entry.ours[0], index).removesuffix(".*")
+            row = self.family.linear(module, outside=True)
             if row is None:
                 raise SourceError(f"{self.path}: {name} is no linear of {self.family.title}")
             form = replace(form, splits=row[0].splits, parts=len(entry.ours))
@@ -192,6 +193,12 @@ def reopen(path: Path) -> Reopened:
     if best.family.hidden in best.kept and best.layers:
         return best
     raise SourceError(f"{path}: a {target.NAME} file of no known family")
+
+
+def _layer_of(name: str) -> str:
+    """The module of a tensor, also where its weight has parts: <layer>.weight.absmax."""
+    layer, parted, _ = name.partition(".weight.")
+    return layer if parted else name.rpartition(".")[0]
 
 
 def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:

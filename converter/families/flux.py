@@ -260,8 +260,12 @@ FAMILY = Family(
         # double blocks, vLLM-Omni all of them (safe_quant_config).
         "sglang": dict.fromkeys(("modulation", *_DOUBLE_MLP)),
         "vllm": dict.fromkeys(("modulation", *_DOUBLE_LINEARS)),
+        # Its loader in diffusers cannot tell this linear from those of the blocks.
+        "bitsandbytes": {"proj_out": "weight"},
+        "bitsandbytes-double": {"proj_out": "weight"},
     },
     # The 8 bit layers of ConvRot's mix (2512.03673, table 8).
     sensitive=(f"{_DOUBLE}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=_FOLDS,
+    outside=(Linear("proj_out", "output"),),
 )
