@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dqconvert.quantizers import codes as element
 from dqconvert.quantizers import forward, recipe, rtn
+from dqconvert.quantizers import spec as spec_module
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
@@ -248,3 +249,92 @@ def test_tiles_over_all_rows_have_one_static_scale() -> None:
     seen = forward.quantize_activation(x, spec)
     assert float(seen.max()) == 448
     assert torch.equal(forward.quantize_activation(x, None), x)
+
+
+# --------------------------------------------------------------- what runtimes make of inputs
+
+
+def test_nvfp4_inputs_are_kitchens() -> None:
+    """Under the scale of all tokens together, or a static one, which clips what is louder."""
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    spec, x = schemes()["nvfp4"].weight, inputs(128, 3)[:128]
+    for static in (None, x.abs().amax() / 2688 / 4):
+        second = x.abs().amax() / 2688 if static is None else static
+        packed, scales = kitchen.quantize_nvfp4(x, second)
+        want = kitchen.dequantize_nvfp4(packed, second, scales, torch.float32)
+        seen = forward.quantize_activation(x, spec, static=static)
+        assert torch.allclose(seen, want, rtol=1e-6)
+    assert float(seen.abs().max()) <= float(second) * 2688 < float(x.abs().max())
+
+
+def test_mxfp8_inputs_are_kitchens() -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    x = inputs(128, 3)[:128]
+    want = kitchen.dequantize_mxfp8(*kitchen.quantize_mxfp8(x), torch.float32)
+    assert torch.equal(forward.quantize_activation(x, schemes()["mxfp8"].activation), want)
+
+
+@pytest.mark.parametrize("columns", [40, 128, 200])
+def test_groups_of_inputs_may_end_early(columns: int) -> None:
+    """The last of the 1x128 groups is what is left of the channels."""
+    x = torch.randn(7, columns, generator=torch.Generator().manual_seed(1))
+    seen = forward.quantize_activation(x, schemes()["fp8-block128"].activation)
+    for start in range(0, columns, 128):
+        group = x[:, start : start + 128]
+        scale = group.abs().amax(1, keepdim=True) / 448
+        want = (group / scale).to(torch.float8_e4m3fn).float() * scale
+        assert torch.equal(seen[:, start : start + 128], want)
+
+
+def test_convrot_int8_is_kitchens_forward() -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.quantization")
+    scheme = schemes()["convrot-int8"]
+    problem = problems.problem_for(scheme)
+    (q,) = recipe.quantize_group([problem], scheme, RecipeOptions(rounding="gptq"))
+    assert problem.stats is not None
+    x = problem.stats.rows
+    want = kitchen.int8_linear(
+        x, q.codes, q.scale, q.bias, torch.float32, convrot=True, convrot_groupsize=64
+    )
+    assert torch.allclose(forward.apply(q, x, scheme.activation), want, rtol=1e-4, atol=1e-3)
+
+
+def test_convrot_w4a8_is_kitchens_forward() -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.backends.eager.w4a8_int8")
+    scheme = schemes()["convrot-w4a8"]
+    problem = problems.problem_for(scheme)
+    (q,) = recipe.quantize_group([problem], scheme, RecipeOptions(rounding="gptq"))
+    assert problem.stats is not None
+    x = problem.stats.rows
+    want = kitchen.w4a8_int8_linear(
+        x,
+        kitchen._pack_codes(q.codes.int(), 4),
+        q.scale,
+        q.tensor_scale,
+        q.codebook,
+        bias=q.bias,
+        convrot_groupsize=64,
+        out_dtype=torch.float32,
+    )
+    assert torch.allclose(forward.apply(q, x, scheme.activation), want, rtol=1e-4, atol=1e-3)
+
+
+ODD = (QuantSpec("uint4", (1, 64), zero_point=True), QuantSpec("int4", (ALL, 64)))
+
+
+@pytest.mark.parametrize(
+    "spec", sorted({s.weight for s in schemes().values()} | set(ODD), key=repr), ids=str
+)
+def test_rows_of_a_layer_are_layers(spec: QuantSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the last tile of rows is short; smooth and rotation stay with every row."""
+    weight = torch.randn(300, 128, generator=torch.Generator().manual_seed(1))
+    smooth = torch.linspace(0.5, 2, 128)
+    whole = replace(rtn.quantize(weight, spec), smooth=smooth, rotation=64)
+    want = forward.effective_weight(whole)
+    monkeypatch.setattr(spec_module, "BLOCK", 40 * 128)
+    parts = list(forward.row_blocks(whole))
+    assert len(parts) > 1
+    for start, part in parts:
+        rows = want[start : start + len(part.codes)]
+        assert torch.allclose(forward.effective_weight(part), rows, rtol=1e-6, atol=1e-7)
+    assert sum(len(part.codes) for _, part in parts) == 300
