@@ -23,6 +23,8 @@ from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.folder import OutputFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dqconvert.quantizers.tensors import LayerStats
 
 T = TypeVar("T")
@@ -55,6 +57,8 @@ def convert(
             metadata = {**metadata, **precondition.metadata(prepared.precondition)}
             precondition.save(folder, prepared.precondition)
         with FileSet(_files(folder, plan), plan.outputs, metadata) as files:
+            for name, tensor in _extras(plan).items():
+                files.write(name, tensor)
             for reports in _groups(prepared, files, stats, listen):
                 layers += reports
                 yield from reports
@@ -80,6 +84,13 @@ def _files(folder: Path, plan: Plan) -> dict[Path, tuple[str, ...]]:
     names = tuple(plan.outputs)
     found = split(plan.context, names) if split else {plan.target.filename(plan.context): names}
     return {place / name: tuple(tensors) for name, tensors in found.items()}
+
+
+def _extras(plan: Plan) -> Mapping[str, Tensor]:
+    """Tensors that belong to the file as a whole."""
+    make = getattr(plan.target, "extra_tensors", None)  # of some targets only
+    found: Mapping[str, Tensor] = make(plan.context) if make else {}
+    return found
 
 
 def _import_torch() -> None:

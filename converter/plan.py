@@ -254,7 +254,8 @@ class _Planner:
         if name in (None, self.scheme.name):
             return self.scheme, self.layout
         chosen = schemes.scheme(str(name))
-        layout = self.target.layouts(chosen)[0]
+        layouts = self.target.layouts(chosen)
+        layout = self.layout if self.layout in layouts else layouts[0]
         return self.target.adapt(chosen, layout), layout
 
     def _form(
