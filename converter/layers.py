@@ -106,7 +106,8 @@ def problem_of(layer: LayerPlan, source: CanonicalSource, stats: Stats) -> Linea
     return LinearProblem(
         weight,
         bias,
-        parts if len(parts) > 1 else (),
+        # Only SVDQuant's layouts have a tensor scale for each row, and so for each part.
+        parts if len(parts) > 1 and layer.form.rank else (),
         shift=layer.form.shift,
         rotation=layer.form.rotation,
         stats=found,

@@ -50,7 +50,6 @@ def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
         and not {"smooth", "lowrank"} & set(scheme.steps)
         and not (scheme.shared and _whole(form.spec))
         and form.spec.code != "lut4"  # its codebook is decided by the weight as a whole
-        and form.parts * bool(form.spec.tensor_scale) < 2  # each part has a tensor scale
         and _in_rows(plan.target, form)
     )
 
