@@ -69,6 +69,14 @@ def run(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return found
 
 
+def grouped(scheme: Scheme, group: int, zero_point: bool) -> Scheme:
+    """The scheme with what a user may say of weight-only int4."""
+    weight = replace(scheme.weight, tile=(1, group))
+    if zero_point:
+        weight = replace(weight, code="uint4", zero_point=True, full_range=False)
+    return replace(scheme, weight=weight)
+
+
 class Packed:
     """The model packed in one layout: its file, and the same model with the weights it stands for.
 

@@ -79,7 +79,7 @@ ACTIVATIONS: Mapping[str, Any] = {
         "_data": {
             "float8_dtype": {"_type": "torch.dtype", "_data": "float8_e4m3fn"},
             "granularity": _PER_ROW,
-            "mm_config": _MM_CONFIG,
+            "mm_config": None,
             "hp_value_lb": None,
             "hp_value_ub": None,
             "kernel_preference": _AUTO,
@@ -109,6 +109,8 @@ class TorchAo:
         if spec == FP8_BLOCK and (form.shape[0] % 128 or form.shape[1] % 128):
             # it would divide the extents by the grid, and call the result a tile
             reasons.append(f"needs extents that are multiples of 128; {form.shape} are not")
+        if self.dynamic and spec == FP8_ROW and (form.shape[0] % 16 or form.shape[1] % 16):
+            reasons.append(f"the product needs multiples of 16; {form.shape} are not")
         if self.dynamic and spec not in DYNAMIC:
             reasons.append(f"{subclass} in tiles of {form.spec.tile} is read for weights alone")
         return "; ".join(reasons) or None
