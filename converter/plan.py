@@ -134,6 +134,7 @@ def make_plan(
     if extras:
         outputs |= extras(context)
         context = replace(context, names=tuple(outputs))
+    target.config(context), target.metadata(context)  # refuse now what they cannot say
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
 
