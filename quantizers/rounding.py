@@ -22,8 +22,6 @@ from dqconvert.quantizers.hadamard import rotate
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import LayerStats, LinearProblem, QuantizedTensor
 
-ROUNDINGS = ("rtn", "mse", "gptq")
-
 
 class Inputs:
     """What the main path of a linear sees: inputs divided by smooth, then rotated.

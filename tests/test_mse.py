@@ -50,7 +50,7 @@ def loss(q: QuantizedTensor, weight: Tensor, metric: Tensor | None) -> float:
 @given(
     rows=st.integers(1, 6),
     seed=st.integers(0, 2**31),
-    magnitude=st.floats(-6, 6),
+    magnitude=st.floats(-30, 30),
     spikes=st.booleans(),
     weighted=st.booleans(),
 )
