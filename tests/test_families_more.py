@@ -137,6 +137,25 @@ def test_a_model_that_went_through_its_first_names_computes_the_same(
     assert before.isfinite().all() and before.std() > 0
 
 
+@pytest.mark.parametrize(("family", "config"), RUNNABLE)
+def test_what_is_said_of_inputs(family: Any, config: Any) -> None:
+    """Linears with one site read one tensor; only behind a GELU nothing is below -0.2."""
+    model = tiny.build(config, torch.float32)
+    inputs: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if family.linear(name):
+            module.register_forward_pre_hook(
+                lambda _, found, name=name: inputs.setdefault(name, found[0].clone())
+            )
+    tiny.forward(model)
+    modules = {name for name, _ in model.named_modules() if family.linear(name)}
+    assert inputs.keys() == modules
+    for name, found in inputs.items():
+        row, index = family.linear(name)
+        assert torch.equal(found, inputs[fill(row.site or row.name, index)])
+        assert (found.min() > -0.2) == (row.gelu == 0)
+
+
 def fold_into(state: dict[str, Tensor], fold: Fold, index: str, transform: Transform) -> None:
     """A fold, applied by the words of its documentation."""
     size = len(transform.smooth)
