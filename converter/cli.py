@@ -11,7 +11,7 @@ import functools
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import click
 
 from dqconvert.converter import manifest, show
 from dqconvert.converter.job import Job
-from dqconvert.formats.targets import targets
+from dqconvert.formats.targets import Target, targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
 
@@ -235,6 +235,14 @@ def calibrate(quiet: bool, as_json: bool, **words: Any) -> None:
     show.made(path, as_json)
 
 
+def _layouts(target: Target) -> Iterator[str]:
+    """The schemes that a target has several layouts for, the default first."""
+    for scheme in schemes().values():
+        found = () if target.accepts(scheme) else target.layouts(scheme)
+        if len(found) > 1:
+            yield f"{scheme.name}: {', '.join(found)}"
+
+
 @main.command("rebase-lora")
 @click.argument("lora", type=PATH)
 @click.option("--onto", type=PATH, required=True, metavar="OUT", help="A preconditioned output.")
@@ -264,6 +272,7 @@ def _rows(what: str) -> list[dict[str, str]]:
                 "name": t.NAME,
                 "what": t.SUMMARY,
                 "schemes": ", ".join(s.name for s in schemes().values() if not t.accepts(s)),
+                "layouts": "; ".join(_layouts(t)) or "one of each",
             }
             for t in targets().values()
         ]
