@@ -80,7 +80,8 @@ def grouped(scheme: Scheme, group: int, zero_point: bool) -> Scheme:
 class Packed:
     """The model packed in one layout: its file, and the same model with the weights it stands for.
 
-    keep: linears of the blocks that stay as they are. change: applied to every form.
+    keep: linears of the blocks that stay as they are; also: others that do not. change: applied
+    to every form.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Packed:
         scheme: Scheme,
         layout: str,
         keep: tuple[str, ...] = (),
+        also: tuple[str, ...] = (),
         **change: Any,
     ) -> None:
         self.runtime = runtime
@@ -97,7 +99,7 @@ class Packed:
         self.reference = copy.deepcopy(model)
         self.tensors: dict[str, Tensor] = {}
         self.forms: dict[str, PackedForm] = {}
-        for name in linears_of(model):
+        for name in (*linears_of(model), *also):
             if name not in keep:
                 self._pack(name, replace(self._form(name, layout), **change))
         for name, tensor in model.state_dict().items():

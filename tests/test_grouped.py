@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -51,6 +51,7 @@ def weight_of(q: QuantizedTensor) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [Gptq(), Gptq(offset=0), PackQuantized()], ids=repr)
+@settings(deadline=None)
 @given(
     shape=st.tuples(st.sampled_from((32, 64, 160)), st.sampled_from((128, 256, 384))),
     group=st.sampled_from((32, 64, 128)),
