@@ -45,16 +45,26 @@ def inverse_factor(second_moment: Tensor, damp: float = 0.01) -> Tensor:
     if not bool(mean > 0):
         return torch.eye(h.shape[0], device=h.device)
     diagonal[diagonal == 0] = mean
-    while True:
-        damped = h.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, info = torch.linalg.cholesky_ex(damped)
-        if int(info) == 0:
-            inverse = torch.cholesky_inverse(lower)
-            upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(info) == 0:
-                return torch.as_tensor(upper)
+    while (upper := _upper_of_inverse(h, damp * mean)) is None:
         damp *= 10
+    return upper
+
+
+def _upper_of_inverse(h: Tensor, damping: Tensor) -> Tensor | None:
+    """Upper Cholesky factor of (H + damping I)⁻¹, None where there is none in fp32.
+
+    Lets go of each step's matrix at once: for the widest inputs one takes 600 MB.
+    """
+    damped = h.clone()
+    damped.diagonal().add_(damping)
+    lower, info = torch.linalg.cholesky_ex(damped)
+    del damped
+    if int(info):
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if int(info) else torch.as_tensor(upper)
 
 
 def quantize(

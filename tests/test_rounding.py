@@ -127,6 +127,37 @@ def test_clipping_needs_no_other_rounding() -> None:
     assert torch.equal(blind.codes, plain.codes)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_groups_with_zero_points_are_learned_too(seed: int) -> None:
+    affine = QuantSpec("uint4", (1, 64), zero_point=True)
+    scheme, problem = replace(W4A16, weight=affine), problem_of(seed=seed)
+    problem = replace(problem, weight=problem.weight + 0.1)  # which is what zero points are for
+    plain, searched, learned = (
+        recipe.quantize_group([problem], scheme, RecipeOptions(rounding=r))[0]
+        for r in ("rtn", "mse", "gptq")
+    )
+    assert plain.zero is not None and bool((plain.zero != 8).any())
+    assert learned.zero is not None and bool((learned.zero == learned.zero.round()).all())
+    assert float(learned.zero.min()) >= 0 and float(learned.zero.max()) <= 15
+    errors = [error_of(q, problem, scheme) for q in (plain, searched, learned)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize("scheme", schemes().values(), ids=list(schemes()))
+def test_without_data_gptq_is_nearest_and_mse_errs_less(scheme: Scheme) -> None:
+    problem = problem_for(scheme, calibrated=False)
+    plain, searched, learned = (
+        recipe.quantize_group([problem], scheme, problems.options_of(scheme, rounding=r))[0]
+        for r in ("rtn", "mse", "gptq")
+    )
+    assert torch.equal(plain.codes.float(), learned.codes.float())
+    assert torch.equal(plain.scale.float(), learned.scale.float())
+    errors = [recipe.weight_error(q, problem.weight) for q in (plain, searched)]
+    assert errors[1] <= errors[0]
+    if scheme.weight.bits == 4:
+        assert errors[1] < errors[0]
+
+
 @pytest.mark.parametrize("words", ["rtn", "mse", "gptq"])
 @pytest.mark.parametrize("scheme", [W4A4, W4A8], ids=["w4a4", "w4a8"])
 def test_rotated_codes_are_those_of_the_rotated_layer(scheme: Scheme, words: str) -> None:
