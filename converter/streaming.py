@@ -50,13 +50,8 @@ def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
         and not {"smooth", "lowrank"} & set(scheme.steps)
         and not (scheme.shared and _whole(form.spec))
         and form.spec.code != "lut4"  # its codebook is decided by the weight as a whole
-        and _in_rows(plan.target, form)
+        and plan.target.rows(form)
     )
-
-
-def _in_rows(target: Target, form: PackedForm) -> bool:
-    ask = getattr(target, "rows", None)
-    return bool(ask(form)) if ask else bool(getattr(target, "ROWS", False))
 
 
 def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Stream) -> LayerReport:

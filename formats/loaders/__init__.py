@@ -63,6 +63,10 @@ class Loader:
             return "the loader decides itself whether it quantizes inputs"
         return self.layout(form).problem(form)
 
+    def rows(self, form: PackedForm) -> bool:
+        """See formats/targets."""
+        return False
+
     def activation(self, form: PackedForm, scheme: Scheme) -> QuantSpec | None:
         """See formats/targets."""
         return None if form.full_precision else scheme.activation

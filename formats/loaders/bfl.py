@@ -65,6 +65,10 @@ class Bfl(Loader):
             return "NVFP4 needs a static scale of the input, and e4m3 rows have none"
         return super().problem(form)
 
+    def rows(self, form: PackedForm) -> bool:
+        """Plain rows."""
+        return True
+
     def filename(self, context: FileContext) -> str:
         """Nothing looks for a name."""
         return f"{context.model}-{context.scheme.name}.safetensors"

@@ -52,6 +52,10 @@ class Layerwise(Loader):
             return "layerwise casting has no scales"
         return super().problem(form)
 
+    def rows(self, form: PackedForm) -> bool:
+        """Plain rows."""
+        return True
+
     def section(self, context: FileContext) -> dict[str, Any] | None:
         """It is no quantizer."""
         return None

@@ -107,6 +107,10 @@ class TorchAoLoader(Loader):
         """A layer whose inputs are not quantized can stand beside others."""
         return self.layout(form).problem(form)
 
+    def rows(self, form: PackedForm) -> bool:
+        """Plain rows."""
+        return True
+
     def section(self, context: FileContext) -> dict[str, Any] | None:
         """See Loader."""
         kind, version, data = CONFIGS[context.scheme.weight.code, context.layout]

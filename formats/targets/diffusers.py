@@ -37,7 +37,6 @@ DIALECT = "diffusers"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = True
-ROWS = False
 FOLDER = ""
 
 LOADERS: tuple[Loader, ...] = (
@@ -95,6 +94,11 @@ def problem(form: PackedForm) -> str | None:
 def shift(form: PackedForm) -> float:
     """Nothing is added to inputs: activations are always quantized with their sign."""
     return 0.0
+
+
+def rows(form: PackedForm) -> bool:
+    """See formats/targets."""
+    return _loader(form).rows(form)
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:

@@ -41,7 +41,6 @@ DIALECT = "nunchaku"
 KEEP_DTYPE = "BF16"
 ROLES = {"attention": "weight", "mlp": "weight", "modulation": "modulation"}
 PARTIAL = False
-ROWS = False
 FOLDER = ""
 
 LAYOUT = svdq.Layout(
@@ -84,6 +83,11 @@ def shift(form: PackedForm) -> float:
     if svdq.is_w4a16(form) or svdq.is_nvfp4(form.spec):
         return 0.0
     return svdq.SHIFT_GELU
+
+
+def rows(form: PackedForm) -> bool:
+    """Tiles of the layout span rows."""
+    return False
 
 
 def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
