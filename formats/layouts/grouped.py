@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dqconvert.formats.form import PackedForm
+from dqconvert.formats.layouts import beside
 from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Gptq:
             "qweight": TensorInfo("I32", (k // WORD, n)),
             "qzeros": TensorInfo("I32", (groups, n // WORD)),
             "scales": TensorInfo(form.spec.scale, (groups, n)),
-        } | _bias(form)
+        } | beside.promise_bias(form)
 
     def pack(self, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
         """See formats/layouts. ValueError on a zero point that the offset takes below 0."""
@@ -77,7 +78,7 @@ class Gptq:
             "qzeros": pack_nibbles((zeros - self.offset).t()),
             "scales": q.scale.t().contiguous(),
         }
-        return tensors | _with_bias(q)
+        return tensors | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         """See formats/layouts."""
@@ -109,7 +110,7 @@ class PackQuantized:
         }
         if form.spec.zero_point:
             infos["weight_zero_point"] = TensorInfo("I32", (-(-n // WORD), groups))
-        return infos | _bias(form)
+        return infos | beside.promise_bias(form)
 
     def pack(self, form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
         """See formats/layouts."""
@@ -123,7 +124,7 @@ class PackQuantized:
         zeros = _stored_zeros(q)
         if zeros is not None:
             tensors["weight_zero_point"] = pack_nibbles(zeros.t()).t().contiguous()
-        return tensors | _with_bias(q)
+        return tensors | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         """See formats/layouts."""
@@ -136,28 +137,14 @@ class PackQuantized:
 
 
 def _reasons(form: PackedForm) -> list[str]:
-    spec, reasons = form.spec, []
+    spec, reasons = form.spec, beside.surplus(form)
     if spec.code != ("uint4" if spec.zero_point else "int4"):
         reasons.append(f"weights are int4, or uint4 with zero points, not {spec.code}")
     if spec.tile[0] != 1 or spec.tile[1] < WORD or spec.tile[1] % WORD:
         reasons.append(f"groups lie along the rows, in multiples of {WORD}, not {spec.tile}")
     elif form.shape[1] % spec.tile[1]:
         reasons.append(f"{form.shape[1]} columns do not make groups of {spec.tile[1]}")
-    if form.rank or form.rotation or form.smooth:
-        reasons.append("no room for a low-rank branch, a rotation or a smooth vector")
-    if form.input_scale or form.shift:
-        reasons.append("activations stay in 16 bit")
-    if form.bias_dtype not in FLOAT_DTYPES:
-        reasons.append(f"a bias in {form.bias_dtype}")
     return reasons
-
-
-def _bias(form: PackedForm) -> dict[str, TensorInfo]:
-    return {"bias": TensorInfo(form.bias_dtype, (form.shape[0],))} if form.bias else {}
-
-
-def _with_bias(q: QuantizedTensor) -> dict[str, Tensor]:
-    return {} if q.bias is None else {"bias": q.bias.contiguous()}
 
 
 def _stored_codes(q: QuantizedTensor) -> Tensor:

@@ -164,10 +164,11 @@ class TorchAoLoader(Loader):
             forms[layer] = with_bias(form, layer, infos)
         plain = all(form.full_precision for form in forms.values())
         for layer, form in forms.items():
+            dynamic = not plain and form.spec in torchao.DYNAMIC
             forms[layer] = replace(
                 form,
-                layout=WEIGHT_ONLY if plain else DYNAMIC,
-                full_precision=form.full_precision and not plain,
+                layout=DYNAMIC if dynamic else WEIGHT_ONLY,
+                full_precision=dynamic and form.full_precision,
             )
             problems += checked(self, layer, forms[layer], infos)
             needed = self.layout(forms[layer]).entry(forms[layer])
