@@ -131,7 +131,12 @@ def _layer(layer: str, infos: Infos, way: tuple[Said | None, str], found: ComfyF
             f"metadata {ENTRIES}, {layer}: says groups of {said.group}, "
             f"its scales are of {form.spec.tile[1]}"
         )
-    found.problems += _differences(layer, style, form, infos)
+    differs, like = _differences(layer, style, form, infos), _looks(layer, infos)
+    if differs and like and like.format != said.format:
+        found.problems.append(
+            f"metadata {ENTRIES}, {layer}: says {said.format}, its tensors look like {like.format}"
+        )
+    found.problems += differs
     found.forms[layer] = form
 
 
