@@ -92,22 +92,30 @@ def statistics(stats: LayerStats, transform: Transform, start: int = 0) -> Layer
     )
 
 
-def closed_form(rms_x: Tensor, rms_w: Tensor) -> Tensor:
+def ratio(rms_x: Tensor, rms_w: Tensor) -> Tensor:
     """(rms_x / rms_w)^0.5 [K]: equal shares of the range for input and weight."""
-    return bounded(((rms_x + 1e-6) / (rms_w + 1e-8)).sqrt())
+    return ((rms_x + 1e-6) / (rms_w + 1e-8)).sqrt()
 
 
-def bounded(smooth: Tensor) -> Tensor:
-    """The largest factor 1, none below 1 / LIMIT; factors that are zero or infinite become 1.
+def level(smooth: Tensor) -> float:
+    """The geometric mean of factors, of those that are positive and finite."""
+    usable = smooth[torch.isfinite(smooth) & (smooth > 0)]
+    return float(usable.log().mean().exp()) if len(usable) else 1.0
 
-    A common factor means nothing to formats with scales. None above 1 means that 1 + scale never
-    becomes a small difference of large numbers, which the 16 bits of a runtime would not hold.
+
+def bounded(smooth: Tensor, unit: float | None = None) -> Tensor:
+    """Factors that 16 bits can hold: their range is at most LIMIT, odd ones (0, NaN) become 1.
+
+    A common factor means nothing to formats with scales, where all of a layer's columns have it:
+    then the largest is 1. So 1 + scale never becomes a small difference of large numbers, which
+    a runtime's 16 bits would not hold. unit: what becomes 1 instead, where some columns have none.
     """
     usable = torch.isfinite(smooth) & (smooth > 0)
     if not bool(usable.any()):
         return torch.ones_like(smooth)
-    top = smooth[usable].amax()
-    return torch.where(usable, (smooth / top).clamp(min=1 / LIMIT), torch.ones_like(smooth))
+    top = float(smooth[usable].amax())
+    found = (smooth / top).clamp(min=1 / LIMIT) * (top / (unit or top))
+    return torch.where(usable, found, torch.ones_like(smooth))
 
 
 def snapped(transform: Transform, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Transform:

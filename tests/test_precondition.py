@@ -231,5 +231,9 @@ def test_smooth_factors_stay_within_reach_of_16_bits() -> None:
     found = precondition.bounded(smooth)
     assert torch.equal(found, torch.tensor([1.0, 1 / 256, 0.25, 1.0, 1.0, 1.0]))
     assert torch.equal(precondition.bounded(torch.zeros(3)), torch.ones(3))
-    rms_x, rms_w = torch.tensor([1.0, 9.0]), torch.tensor([1.0, 1.0])
-    assert torch.allclose(precondition.closed_form(rms_x, rms_w), torch.tensor([1 / 3, 1.0]))
+    assert torch.equal(
+        precondition.bounded(torch.tensor([2.0, 8.0]), 4.0), torch.tensor([0.5, 2.0])
+    )
+    rms_x, rms_w = torch.tensor([1.0, 36.0]), torch.tensor([1.0, 4.0])
+    assert torch.allclose(precondition.ratio(rms_x, rms_w), torch.tensor([1.0, 3.0]))
+    assert precondition.level(torch.tensor([1.0, 4.0, 0.0])) == pytest.approx(2.0)
