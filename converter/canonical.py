@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Entry, Family, depth, fill, leaves, match, stacked_rows
+from dqconvert.converter.family import (
+    Entry,
+    Family,
+    depth,
+    fill,
+    leaves,
+    match,
+    patterns,
+    stacked_rows,
+)
 from dqconvert.formats.source import Source
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
@@ -119,6 +128,7 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     more blocks than names, before it would list them.
     """
     names = list(names)
+    depths = {blocks: depth(names, blocks) for blocks in family.blocks}
     required: set[str] = set()
     optional: dict[str, set[str]] = {}
     for entry in family.dialects[family.sources[0]]:
@@ -126,7 +136,7 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
             for ours in leaf.ours:
                 module = next((m for m in family.optional if ours.startswith(m)), None)
                 whole = required if module is None else optional.setdefault(module, set())
-                whole.update(_numbered(ours, family, names))
+                whole.update(_numbered(ours, depths, len(names)))
     for whole in optional.values():
         if not whole.isdisjoint(names):
             required |= whole
@@ -195,18 +205,20 @@ def _origins(
     infos: Infos, names: Sequence[str], prefix: str, family: Family, dialect: str
 ) -> dict[str, Origin]:
     """Where each canonical tensor lies; names that the table does not know are left out."""
+    short = {name.removeprefix(prefix): name for name in names}
     if not family.dialects[dialect]:
-        required, optional = expected(family, (name.removeprefix(prefix) for name in names))
+        if not short.keys() >= set(family.signature):
+            return {}  # another family, whose blocks are not ours to count
+        required, optional = expected(family, short)
         known = required | optional
-        short = {name.removeprefix(prefix): name for name in names}
         return {name: Origin(full) for name, full in short.items() if name in known}
-    table = [leaf for entry in family.dialects[dialect] for leaf in leaves(entry)]
-    matched: list[tuple[str, Entry, str]] = []
-    for name in names:
-        for leaf in table:
-            index = match(leaf.theirs, name.removeprefix(prefix))
-            if index is not None:
-                matched.append((name, leaf, index))
+    table = {leaf.theirs: leaf for entry in family.dialects[dialect] for leaf in leaves(entry)}
+    matched = [
+        (full, table[pattern], index)
+        for name, full in short.items()
+        for pattern, index in patterns(name)
+        if pattern in table
+    ]
     hidden = next(
         (infos[name].shape[0] for name, leaf, _ in matched if leaf.ours == (family.hidden,)), 0
     )
@@ -238,14 +250,14 @@ def _place(family: Family, name: str) -> tuple[int, int]:
     return 0, 0
 
 
-def _numbered(pattern: str, family: Family, names: Sequence[str]) -> Iterable[str]:
+def _numbered(pattern: str, depths: Mapping[str, int], tensors: int) -> Iterable[str]:
     if "{i}" not in pattern:
         return [pattern]
-    blocks = next(b for b in family.blocks if pattern.startswith(f"{b}.{{i}}"))
-    count = depth(names, blocks)
-    if count > len(names):
+    blocks = next(b for b in depths if pattern.startswith(f"{b}.{{i}}"))
+    count = depths[blocks]
+    if count > tensors:
         raise SourceError(
-            f"a tensor of {blocks}.{count - 1}, but only {len(names)} tensors; the checkpoint is "
+            f"a tensor of {blocks}.{count - 1}, but only {tensors} tensors; the checkpoint is "
             "incomplete, or its names are broken"
         )
     return [fill(pattern, str(i)) for i in range(count)]

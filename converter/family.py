@@ -7,7 +7,7 @@ for the leaves weight and bias.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -130,6 +130,15 @@ def match(pattern: str, name: str) -> str | None:
     if found is None:
         return None
     return found[1] if found.groups() else ""
+
+
+def patterns(name: str) -> Iterator[tuple[str, str]]:
+    """Every pattern that a name matches as a whole, with its block index: match, the other way."""
+    yield name, ""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal() and len(part) < 10:
+            yield ".".join((*parts[:place], "{i}", *parts[place + 1 :])), part
 
 
 @cache

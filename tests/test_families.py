@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqconvert.converter.canonical import composed_info, entries_of, open_canonical
 from dqconvert.converter.families import aliases, families
-from dqconvert.converter.family import LEAVES, Entry, depth, fill, leaves, match
+from dqconvert.converter.family import LEAVES, Entry, depth, fill, leaves, match, patterns
 from dqconvert.formats.targets import targets
 
 torch.set_num_threads(1)
@@ -185,6 +185,7 @@ def test_other_components_are_counted_not_read(prefix: str) -> None:
 def test_fill_is_undone_by_match(pattern: str, index: int) -> None:
     name = fill(pattern, str(index))
     assert match(pattern, name) == (str(index) if "{i}" in pattern else "")
+    assert (pattern, match(pattern, name)) in patterns(name)
     assert match(pattern, f"x.{name}") is None
     assert match(pattern, f"{name}.x") is None
     if "{i}" in pattern:
