@@ -106,7 +106,8 @@ class _Reader:
     """A layer that reads the place, and a sample of its rows."""
 
     def __init__(self, layer: LayerPlan, place: Place, work: Recipe) -> None:
-        self.layer, self.start = layer, place.start - (layer.columns or (0, 0))[0]
+        self.layer, self.place = layer, place
+        self.start = place.start - (layer.columns or (0, 0))[0]
         self.scheme = scheme_of(layer, work)
         self.options = replace(work.options, rounding="rtn", refinements=0)
         whole = problem_of(layer, work.source, work.stats)
@@ -188,7 +189,9 @@ class _Makers:
         self.spread = [
             (layer, module)
             for module in place.producers
-            if (layer := layers.get(module)) and layer.form and _spans_rows(layer)
+            if (layer := layers.get(module))
+            and layer.form
+            and _spans_rows(layer, scheme_of(layer, work))
         ]
         modulation = place.modulation
         if modulation is None or f"{modulation}.bias" not in work.source.infos:
@@ -246,33 +249,35 @@ class _Makers:
         return off[0] + off[1] * normed
 
     def _spread(self, layer: LayerPlan, module: str, transform: Transform | None) -> float:
-        """Squared relative error of a maker whose scales span rows, its outputs in old units."""
+        """Squared relative error of a maker whose rows share something, in its old units."""
         problem = problem_of(layer, self.work.source, self.work.stats)
         if problem.stats is None or not len(problem.stats.rows):
             return 0.0
-        weight, units = problem.weight.float(), torch.ones(problem.weight.shape[0])
-        outputs = float((problem.stats.rows.float() @ weight.T).square().sum())
+        units = torch.ones(problem.weight.shape[0])
         if transform is not None:
-            names = [f"{one}.weight" for one in layer.modules]
-            sizes = [self.work.source.infos[name].shape[0] for name in names]
+            sizes = problem.parts or problem.weight.shape[:1]
             first = sum(sizes[: layer.modules.index(module)])
-            chunks = self._chunks if self.place.modulation else (0,)
-            for chunk in chunks:
+            for chunk in self._chunks if self.place.modulation else (0,):
                 rows = self.place.rows(chunk)
                 units[first + rows.start : first + rows.stop] = transform.smooth
-        problem = replace(problem, weight=weight / units[:, None], bias=None)
-        scheme = scheme_of(layer, self.work)
+        step = -(-len(units) // ROWS)
+        weight, units = problem.weight[::step].float(), units[::step]
+        stats = replace(problem.stats, second_moment=None)
+        problem = replace(problem, weight=weight / units[:, None], bias=None, parts=(), stats=stats)
         options = replace(self.work.options, rounding="rtn", refinements=0)
+        scheme = scheme_of(layer, self.work)
         (q,) = recipe.quantize_group([problem], scheme, options)
         off = _difference(layer, problem, q, scheme) * units
+        outputs = float((stats.rows.float() @ weight.T).square().sum())
         return float(off.square().sum()) / (outputs or 1.0)
 
 
-def _spans_rows(layer: LayerPlan) -> bool:
+def _spans_rows(layer: LayerPlan, scheme: Scheme) -> bool:
     """Whether rows share something, so that factors of rows change how they are rounded."""
     assert layer.form is not None
     spec = layer.form.spec
-    return spec.tile[0] != 1 or spec.tensor_scale is not None
+    shared = {"smooth", "lowrank"} & set(scheme.steps) and not layer.form.splits
+    return spec.tile[0] != 1 or spec.tensor_scale is not None or bool(shared)
 
 
 def _candidates(
@@ -314,16 +319,26 @@ def _closed(readers: Sequence[_Reader], transform: Transform | None, width: int)
     """The closed form [K] over all readers, of the input as the transform leaves it.
 
     The exponents that smoothing searches brought nothing more on flux-digits (0.0 dB), at seven
-    times the work. Where a layer also reads columns that stay as they are, the common factor
-    counts, and is none on average.
+    times the work.
     """
     stats = [_stats(reader, transform, width) for reader in _by_site(readers)]
     square = torch.stack([one.mean_square.double() * one.count for one in stats]).sum(0)
     weights = torch.cat([r.problem.weight[:, r.start : r.start + width] for r in readers])
     rms = (square / sum(one.count for one in stats)).sqrt().float()
     found = exact.ratio(rms, weights.square().mean(0).sqrt())
-    whole = all(reader.problem.weight.shape[1] == width for reader in readers)
-    return exact.bounded(found, None if whole else exact.level(found))
+    return _level(found, readers)
+
+
+def _level(smooth: Tensor, readers: Sequence[_Reader]) -> Tensor:
+    """Factors that are none on average where the common one counts.
+
+    It does where a reader has columns that stay as they are, and among the values, whose rows
+    share a low-rank branch or a scale with those of q and k.
+    """
+    reader = readers[0]
+    part = reader.problem.weight.shape[1] > len(smooth)
+    apart = part or reader.place.modulation is None
+    return exact.bounded(smooth, exact.level(smooth) if apart else None)
 
 
 def _by_site(readers: Sequence[_Reader]) -> list[_Reader]:
@@ -335,9 +350,7 @@ def _activation_aware(readers: Sequence[_Reader], width: int) -> Iterator[Tensor
     """AWQ's: powers of the mean magnitude of the input, on held rows."""
     rows = [_stats(reader, None, width).rows.float().abs() for reader in readers]
     magnitude = torch.cat(rows).mean(0)
-    whole = all(reader.problem.weight.shape[1] == width for reader in readers)
-    powers = [magnitude**a for a in AWQ_EXPONENTS]
-    return (exact.bounded(s, None if whole else exact.level(s)) for s in powers)
+    return (_level(magnitude**a, readers) for a in AWQ_EXPONENTS)
 
 
 def gain(outcomes: Sequence[Outcome]) -> float:
