@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.plan import make_plan
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.targets import Recognized, target
 from dqconvert.quantizers.errors import SourceError
@@ -22,6 +25,7 @@ from dqconvert.quantizers.spec import ALL, TensorInfo
 
 samples = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("samples.py"))))
 result_of, infos_of, same = samples.result_of, samples.infos_of, samples.same
+checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
 
 COMFYUI = target("comfyui")
 ALL_SCHEMES = (
@@ -201,6 +205,29 @@ def test_diffusers_names_lose_their_scales() -> None:
     assert "noise without an error" in problem
     # the names of Qwen-Image are diffusers' own
     assert read(layer(form_of("fp8-tensor"), "transformer_blocks.0.attn.to_q")).problems == ()
+
+
+@pytest.fixture(scope="module")
+def flux() -> Any:
+    """A checkpoint in diffusers' names, headers alone."""
+    tensors = checkpoints.meta_model(checkpoints.flux_config())
+    return open_canonical(checkpoints.Memory(tensors), Path("memory"))
+
+
+@pytest.mark.parametrize("name", ALL_SCHEMES)
+def test_a_plan_packs_no_probe_and_has_the_models_own_names(flux: Any, name: str) -> None:
+    options = PlanOptions(calibrated=True)
+    plan = make_plan(flux, COMFYUI, scheme(name), options, ("toy", {}))
+    assert {layer.split(".")[0] for layer in plan.context.layers} == {
+        "double_blocks",
+        "single_blocks",
+    }
+    file = COMFYUI.recognize(plan.outputs, COMFYUI.metadata(plan.context), {})
+    assert file is not None
+    assert (file.problems, file.forms.keys()) == ((), plan.context.layers.keys())
+    for layer, form in file.forms.items():
+        known = plan.context.layers[layer]
+        assert replace(form, splits=known.splits, parts=known.parts) == known
 
 
 # tensors
