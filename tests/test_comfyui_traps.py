@@ -217,7 +217,7 @@ def flux() -> Any:
 @pytest.mark.parametrize("name", ALL_SCHEMES)
 def test_a_plan_packs_no_probe_and_has_the_models_own_names(flux: Any, name: str) -> None:
     options = PlanOptions(calibrated=True)
-    plan = make_plan(flux, COMFYUI, scheme(name), options, ("toy", {}))
+    plan = make_plan(flux, COMFYUI, scheme(name), options, ("toy", checkpoints.flux_config()))
     assert {layer.split(".")[0] for layer in plan.context.layers} == {
         "double_blocks",
         "single_blocks",
