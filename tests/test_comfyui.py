@@ -256,6 +256,8 @@ def test_older_files_have_one_marker_for_all() -> None:
         assert file is not None
         assert (file.problems, file.scheme, file.extras) == ((), "fp8-tensor", ("scaled_fp8",))
         assert all(form.full_precision is exact for form in file.forms.values())
+    layers = {k: replace(f, full_precision=f.splits > 0) for k, f in context.layers.items()}
+    assert COMFYUI.extras(replace(context, layers=layers))["scaled_fp8"].shape == (0,)
     form = PackedForm(scheme("fp8-tensor").weight, (48, 80), layout="scaled-fp8", input_scale=True)
     q = result_of(form, False)
     packed = COMFYUI.pack(form, q)
