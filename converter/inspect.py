@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dqconvert.converter.canonical import open_canonical
 from dqconvert.converter.reopen import reopen
-from dqconvert.converter.resolve import read_json
+from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import recognize
 from dqconvert.quantizers.errors import SourceError
@@ -32,7 +32,8 @@ def inspect(path: Path) -> Inspection:
     """
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
-    weights = path / "transformer" if (path / "model_index.json").exists() else path
+    inside = (path / "model_index.json").exists() or is_folder_of_one(path)
+    weights = path / TRANSFORMER if inside else path
     source = open_source(weights)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}

@@ -12,12 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqconvert.converter import manifest
 from dqconvert.converter.canonical import expected, swap_halves
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Entry, Family, fill, leaves, match, stacked_rows
 from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
+from dqconvert.formats.folder import MANIFEST
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import SafetensorsSource
 from dqconvert.formats.targets import Recognized, Target, recognize, targets
@@ -66,7 +66,7 @@ class Reopened:
         self.root = self.path.parent
         if target.FOLDER and self.root.name == target.FOLDER:
             self.root = self.root.parent
-        self.manifest = read_manifest(self.root / manifest.NAME)
+        self.manifest = read_manifest(self.root / MANIFEST)
 
     @cached_property
     def layers(self) -> tuple[PackedLayer, ...]:
@@ -221,4 +221,9 @@ def _source(path: Path) -> tuple[SafetensorsSource, Mapping[str, Any]]:
     if not files:
         raise SourceError(f"{path}: holds no .safetensors file")
     config = files[0].parent / "config.json"
-    return SafetensorsSource(files), read_json(config) if config.exists() else {}
+    source = SafetensorsSource(files)
+    prefixes = [prefix for family in families().values() for prefix in family.prefixes]
+    for prefix in dict.fromkeys(prefixes):
+        if any(name.startswith(prefix) for name in source.infos):
+            source = SafetensorsSource(files, prefix)
+    return source, read_json(config) if config.exists() else {}

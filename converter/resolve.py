@@ -108,6 +108,8 @@ def _local(
         weights, pipeline = path / component, path
         if not weights.is_dir():
             raise SourceError(f"{path}: the pipeline has no folder called {component}")
+    elif is_folder_of_one(path, component):
+        weights = path / component
     elif component != TRANSFORMER:
         raise SourceError(f"{path}: --component {component} needs a pipeline folder or a Hub id")
     elif path.is_dir() and (path.absolute().parent / "model_index.json").exists():
@@ -115,6 +117,11 @@ def _local(
     folder = weights if weights.is_dir() else weights.parent
     name = name if component == TRANSFORMER else f"{name}-{component}"
     return Model(name, weights, pipeline, _config(folder), origin, license)
+
+
+def is_folder_of_one(path: Path, component: str = TRANSFORMER) -> bool:
+    """Whether a folder holds a component in a folder of its own, but no pipeline around it."""
+    return path.is_dir() and not any(path.glob("*.safetensors")) and (path / component).is_dir()
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

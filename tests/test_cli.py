@@ -49,7 +49,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def only_weights(folder: Path) -> Path:
-    (found,) = folder.glob("*.safetensors")
+    (found,) = folder.rglob("*.safetensors")
     return found
 
 
@@ -90,7 +90,7 @@ def test_schemes_and_targets_list_each_other() -> None:
         for row in json.loads(done("list", "targets", "--json"))
         for scheme in row["schemes"].split(", ")
     }
-    assert forth == back == set(PAIRS)
+    assert forth == back >= set(checkpoints.CALIBRATED) > set(PAIRS)
 
 
 SCRIPT = """
@@ -144,9 +144,10 @@ def test_every_scheme_runs_on_every_target(
         sizes = [t.numel() * t.element_size() for t in map(opened.get_tensor, opened.keys())]
     assert sum(sizes) == said["output"]["bytes"] == sum(row["bytes"] for row in planned["layers"])
     assert {row["name"] for row in said["layers"]} <= {row["name"] for row in planned["layers"]}
-    assert all(0 < row["weight_error"] < 0.1 for row in said["layers"])
+    assert all(0 < row["weight_error"] < 0.2 for row in said["layers"])
 
-    beside = {path.name for path in out.iterdir()} - {"dqconvert.json", "README.md"}
+    files = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    beside = {path.as_posix() for path in files} - {"dqconvert.json", "README.md"}
     assert said["files"].keys() == beside
     for name, described in said["files"].items():
         data = (out / name).read_bytes()

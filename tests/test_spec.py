@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.schemes import schemes
-from dqconvert.quantizers.spec import ALL, CODES, DTYPE_BITS, QuantSpec, TensorInfo
+from dqconvert.quantizers.spec import ALL, CODES, DTYPE_BITS, STEPS, QuantSpec, TensorInfo
 from dqconvert.quantizers.tensors import DTYPE_NAMES, TORCH_DTYPES
 
-MAXIMA = {"int4": 7, "uint4": 15, "int8": 127, "e2m1": 6, "e4m3": 448, "e5m2": 57344}
+MAXIMA = {"int4": 7, "uint4": 15, "int8": 127, "e2m1": 6, "e3m2": 28, "e4m3": 448, "e5m2": 57344}
+MAXIMA |= {"nf4": 1, "lut4": 0.980671}
 
 lawful = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -70,7 +71,9 @@ def test_schemes_name_what_exists(name: str) -> None:
             assert spec.code in CODES
             assert spec.scale in DTYPE_BITS
             assert spec.tensor_scale is None or spec.tensor_scale in DTYPE_BITS
-    assert scheme.steps == tuple(s for s in ("smooth", "lowrank") if s in scheme.steps)
+    assert scheme.steps == tuple(step for step in STEPS if step in scheme.steps)
+    assert (scheme.rotation > 0) is ("rotate" in scheme.steps)
+    assert (0 < scheme.share < 1) is (scheme.better in schemes())
     assert (scheme.rank > 0) is ("lowrank" in scheme.steps)
     assert scheme.rounding in ("rtn", "gptq")
     assert scheme.summary == scheme.summary.strip() != ""
