@@ -99,9 +99,15 @@ def _entries(infos: Infos, metadata: Mapping[str, str], found: ComfyFile) -> dic
     if header is not None and not isinstance(layers, dict):
         found.problems.append(f"metadata {ENTRIES}: names no layers")
     return {
-        next((p + name for p in PREFIXES if f"{p}{name}.weight" in infos), name): value
+        next((n for n in _spellings(name) if f"{n}.weight" in infos), name): value
         for name, value in (layers if isinstance(layers, dict) else {}).items()
     }
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """A layer's name, with what ComfyUI takes off names and without."""
+    yield from (prefix + name for prefix in PREFIXES)
+    yield from (name.removeprefix(prefix) for prefix in PREFIXES)
 
 
 def _layer(layer: str, infos: Infos, way: tuple[Said | None, str], found: ComfyFile) -> None:

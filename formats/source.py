@@ -54,12 +54,12 @@ class Source(Protocol):
 class SafetensorsSource:
     """One or several safetensors files as one checkpoint.
 
-    Raises SourceError where a file is missing, truncated or no safetensors, or where two files
-    hold a tensor of the same name.
+    prefix: taken off the names; tensors without it are left out. Raises SourceError where a file
+    is missing, truncated or no safetensors, or where two files hold a tensor of the same name.
     """
 
-    def __init__(self, files: tuple[Path, ...]) -> None:
-        self.files = files
+    def __init__(self, files: tuple[Path, ...], prefix: str = "") -> None:
+        self.files, self._prefix = files, prefix
         self._headers = {path: header.read(path) for path in files}
         self._file_of: dict[str, Path] = {}
         for path, head in self._headers.items():
@@ -72,9 +72,10 @@ class SafetensorsSource:
     def infos(self) -> Mapping[str, TensorInfo]:
         """What the headers say, in file order."""
         return {
-            name: extent.info
+            name.removeprefix(self._prefix): extent.info
             for head in self._headers.values()
             for name, extent in head.extents.items()
+            if name.startswith(self._prefix)
         }
 
     @property
@@ -84,7 +85,7 @@ class SafetensorsSource:
 
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._file_of[name]
+        return self._file_of[self._prefix + name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""
@@ -102,8 +103,8 @@ class SafetensorsSource:
         """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
         import torch
 
-        path = self._file_of[name]
-        extent = self._headers[path].extents[name]
+        path = self.where(name)
+        extent = self._headers[path].extents[self._prefix + name]
         start = 0 if rows is None else rows[0]
         row = extent.info.nbytes // max(extent.info.shape[0] if extent.info.shape else 1, 1)
         _fill(path, extent.offset + start * row, out.view(-1).view(torch.uint8).numpy().data)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dqconvert.converter.canonical import open_canonical
@@ -188,6 +190,19 @@ def test_prefixes_do_not_separate_a_layer_from_its_entry() -> None:
         file = read(tensors, metadata)
         assert (file.problems, set(file.forms)) == ((), {name})
         assert file.forms[name].rotation == 64
+
+
+def test_a_file_with_prefixes_is_compared_with_its_model(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("--scheme", "convrot-int8", "--target", "comfyui", "-o", out, "-q")
+    checkpoints.done("flux-digits", *words)
+    (file,) = out.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    tensors = {f"model.diffusion_model.{k}": t for k, t in load_file(file).items()}
+    whole = tmp_path / "whole.safetensors"
+    save_file(tensors | {"vae.x": torch.zeros(2)}, whole, metadata)
+    assert "the file is sound" in checkpoints.done("verify", whole, "--against", "flux-digits")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
