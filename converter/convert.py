@@ -41,7 +41,7 @@ def convert(
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
     _import_torch()
     from dqconvert.converter import manifest, precondition
-    from dqconvert.converter.refine import refine
+    from dqconvert.converter.refine import advised, refine
     from dqconvert.converter.statistics import statistics
 
     start = time.perf_counter()
@@ -70,7 +70,8 @@ def convert(
             output_bytes=plan.nbytes,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),
-            notes=prepared.notes,
+            notes=(*prepared.notes, *advised(prepared, stats, layers)),
+            precondition=prepared.precondition.kinds if prepared.precondition else {},
         )
         report = manifest.write(folder, prepared, report, files.digests)
     yield report

@@ -73,7 +73,7 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did."""
+    """What a conversion did. precondition: {first of the linears that read an input: kind}."""
 
     output: Path
     layers: tuple[LayerReport, ...]
@@ -83,6 +83,7 @@ class Report:
     peak_memory: int
     notes: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    precondition: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def worst(self) -> LayerReport:

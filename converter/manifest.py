@@ -81,9 +81,9 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "precondition": job.precondition,
         },
         "calibration": _calibration(prepared),
-        "precondition": prepared.precondition.kinds if prepared.precondition else {},
+        "precondition": dict(report.precondition) if report else {},
         "output": {"folder": str(prepared.output), "bytes": plan.nbytes},
-        "notes": list(prepared.notes),
+        "notes": list(report.notes if report else prepared.notes),
     }
     if report is None:
         found["layers"] = [

@@ -6,14 +6,15 @@ plan is made once more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from dqconvert.converter.job import Progress
+from dqconvert.converter.job import LayerReport, Progress
 from dqconvert.converter.layers import Recipe, Stats, problem_of
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats
-from dqconvert.converter.precondition_choice import choose, notes_of, precondition_of
+from dqconvert.converter.precondition_choice import choose, precondition_of
+from dqconvert.converter.precondition_notes import advice, notes_of
 from dqconvert.converter.prepare import Prepared
 from dqconvert.quantizers import recipe, schemes
 from dqconvert.quantizers.recipe import RecipeOptions
@@ -51,6 +52,17 @@ def _precondition(
     source = PreconditionedSource(prepared.source, found)
     stats = PreconditionedStats(stats, found, source.family)
     return replace(prepared, source=source), stats
+
+
+def advised(prepared: Prepared, stats: Stats, reports: Sequence[LayerReport]) -> Iterator[str]:
+    """What another run could do better: fold and center, where nobody asked for it."""
+    plan, job = prepared.plan, prepared.job
+    if not stats or job.precondition != "off" or "fold" in plan.scheme.steps:
+        return
+    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
+    found = advice(Recipe(plan, prepared.source, stats, options), reports)
+    if found is not None:
+        yield found
 
 
 def _mix(prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]) -> Mapping[str, str]:
