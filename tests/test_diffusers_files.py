@@ -315,3 +315,33 @@ def test_files_that_name_another_reader_are_not_ours(
     found = recognize(infos_of(context), RUNTIME.metadata(context), plain)
     assert found is not None
     assert found[0] is RUNTIME
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("fp8", "torchao"),
+        ("fp8-block128", "torchao-weight-only"),
+        ("bnb-nf4", "bitsandbytes-double"),
+        ("fp8", "bfl"),
+        ("nvfp4", "bfl"),
+    ],
+)
+def test_damage_is_named_in_every_layout(name: str, layout: str) -> None:
+    context = context_of(name, layout, "blocks.0.a", "blocks.0.b")
+    said, config, infos = (
+        RUNTIME.metadata(context),
+        RUNTIME.config(context) or {},
+        infos_of(context),
+    )
+    for tensor, info in infos.items():
+        without = {key: value for key, value in infos.items() if key != tensor}
+        for spoiled in (
+            without,
+            infos | {tensor: replace(info, dtype="F64")},
+            infos | {tensor: replace(info, shape=(*info.shape, 7))},
+        ):
+            file = RUNTIME.recognize(spoiled, said, config)
+            assert file is not None
+            layer = ".".join(tensor.split(".")[:3])
+            assert any(line.startswith(f"{layer}.") for line in file.problems), tensor
