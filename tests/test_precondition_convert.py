@@ -248,7 +248,7 @@ def test_nothing_is_kept_that_does_not_help(folder: Path, tmp_path: Path) -> Non
     found = choice.precondition_of(outcomes)
     assert found is not None and notes.gain(outcomes) > 1
     advice = notes.advice(work, [])
-    assert advice is not None and "--precondition auto would take" in advice
+    assert advice is not None and "--precondition auto would take about" in advice
     better = replace(
         work,
         source=PreconditionedSource(work.source, found),
