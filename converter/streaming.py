@@ -21,7 +21,8 @@ from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.targets import Target
-from dqconvert.quantizers import hadamard, recipe, rtn
+from dqconvert.quantizers import hadamard, recipe
+from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.spec import ALL, BLOCK, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import LinearProblem
@@ -69,17 +70,20 @@ def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Stream) -> LayerRe
     for rows in _blocks(layer.form.shape):
         weight = work.source.stack(_names(layer), rows).float()
         own = None if bias is None else bias[slice(*rows)]
-        problem = LinearProblem(weight, own, rotation=layer.form.rotation, ceiling=ceiling)
+        if layer.form.rotation:  # once; its error is the same in the rotated basis
+            weight = hadamard.rotate(weight, layer.form.rotation)
+        problem = LinearProblem(weight, own, ceiling=ceiling)
         (q,) = recipe.quantize_group([problem], scheme, work.options)
         form = replace(layer.form, shape=(rows[1] - rows[0], layer.form.shape[1]))
-        packed = target.pack(form, q)
+        packed = target.pack(form, replace(q, rotation=layer.form.rotation))
         for suffix, tensor in packed.items():
             place = rows[0] // ALIGNMENT * steps[suffix]
             if steps[suffix]:
                 work.files.write(f"{layer.name}.{suffix}", tensor, place)
             elif rows[0] == 0:
                 work.files.write(f"{layer.name}.{suffix}", tensor)
-        errors = recipe.squared_error(target.unpack(form, packed), weight)
+        again = replace(target.unpack(form, packed), rotation=0)
+        errors = recipe.squared_error(again, weight)
         off, total = off + errors[0], total + errors[1]
     return LayerReport(
         name=layer.name,
@@ -123,13 +127,16 @@ def _whole(spec: QuantSpec) -> bool:
 def _ceiling(layer: LayerPlan, source: CanonicalSource) -> Tensor:
     """The largest magnitude of a weight as it is rounded, [] fp32."""
     assert layer.form is not None
-    tops = []
+    tops: list[Tensor] = []
     for rows in _blocks(layer.form.shape):
         block = source.stack(_names(layer), rows)
         if layer.form.rotation:
             block = hadamard.rotate(block, layer.form.rotation)
-        tops.append(rtn.absmax(block, QuantSpec(layer.form.spec.code, (ALL, ALL))).amax())
-    return torch.stack(tops).amax()
+        tops += torch.aminmax(block)
+    ceiling = torch.stack(tops).float().abs().amax()
+    if not bool(ceiling.isfinite()):
+        raise DataError("holds NaN or infinity")
+    return ceiling
 
 
 def _data_free(form: PackedForm, target: Target, scheme: Scheme) -> Scheme:

@@ -63,15 +63,17 @@ def decode(codes: Tensor, code: str) -> Tensor:
 
 
 def _round_e2m1(values: Tensor) -> Tensor:
-    """Nearest e2m1 codes, ties to even.
+    """Nearest e2m1 codes, ties to even. Writes over the values.
 
     The magnitudes step by 1/2 up to 2, by 1 up to 4, by 2 up to 6; the code counts steps, and
     the smallest count of the three rulers is the right one.
     """
-    m = values.abs().clamp_(max=6.0)
-    code = torch.minimum((m * 2).round_(), m.round() + 2)
-    code = torch.minimum(code, m.div_(2).round_() + 4).to(torch.uint8)
-    return code.bitwise_or_(torch.signbit(values).to(torch.uint8) << 3)
+    sign = (values.view(torch.int32) >> 28).bitwise_and_(8).to(torch.uint8)
+    m = values.abs_().clamp_(max=6.0)
+    steps = (m * 2).round_()
+    torch.minimum(steps, m.round().add_(2), out=steps)
+    torch.minimum(steps, m.mul_(0.5).round_().add_(4), out=steps)
+    return steps.to(torch.uint8).bitwise_or_(sign)
 
 
 def _round_e3m2(values: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def absmax(weight: Tensor, spec: QuantSpec, ceiling: Tensor | None = None) -> Te
     ceiling: [] magnitude that counts as part of a tile which covers the whole weight.
     """
     tops = [
-        tiled(weight[start:stop].to(torch.float32, copy=True).abs_(), spec).amax((1, 3))
+        _top(tiled(weight[start:stop].to(torch.float32, copy=True).abs_(), spec))
         for start, stop in _blocks(weight, spec)
     ]
     amax = torch.cat(tops) if tops else _no_tiles(weight, spec)
@@ -74,6 +74,11 @@ def absmax(weight: Tensor, spec: QuantSpec, ceiling: Tensor | None = None) -> Te
     if ceiling is not None and spec.tile == (ALL, ALL):
         amax = amax.clamp_(min=ceiling.to(amax))
     return amax
+
+
+def _top(tiles: Tensor) -> Tensor:
+    """The largest value of each tile."""
+    return tiles[:, 0].amax(2) if tiles.shape[1] == 1 else tiles.amax((1, 3))
 
 
 def extremes(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -220,7 +225,7 @@ def _scaled(tiles: Tensor, step: Tensor, spec: QuantSpec) -> Tensor:
         largest = torch.finfo(step.dtype).max  # the reciprocal of a subnormal scale is infinite
         return tiles.mul_((1.0 / step).clamp_(max=largest))
     tiles = tiles.div_(step)
-    if spec.scale.startswith("F8"):  # a scale of zero belongs to weights too small to matter
+    if bool((step == 0).any()):  # such a scale belongs to weights too small to matter
         tiles = tiles.nan_to_num_(0.0, 0.0, 0.0)
     return tiles
 
