@@ -138,11 +138,11 @@ def output_error(
     activation: QuantSpec | None,
     reference: Tensor | None = None,
 ) -> float:
-    """||Y' - Y|| / ||Y|| on the held rows, activations quantized as the runtime does.
+    """||Y' - Y|| / ||Y - mean Y|| on the held rows, activations quantized as the runtime does.
 
-    Biases count in the difference, not in the norm, so that a large constant cannot hide an
-    error. Where no row could be held, the error that XᵀX predicts for the weight alone.
-    reference: x Wᵀ of the held rows, where it is known already.
+    Constants count in the difference, not in the norm, so that a large one cannot hide an error,
+    nor does centering change its measure. Where no row could be held, the error that XᵀX predicts
+    for the weight alone. reference: x Wᵀ of the held rows, where it is known already.
     """
     stats = problem.stats
     assert stats is not None
@@ -158,7 +158,8 @@ def output_error(
     if reference is None:
         reference = x @ problem.weight.float().T
     exact = reference if problem.bias is None else reference + problem.bias.float()
-    return _ratio((apply(q, x, activation) - exact).norm(), reference.norm())
+    varying = reference - reference.mean(0) if len(reference) > 1 else reference
+    return _ratio((apply(q, x, activation) - exact).norm(), varying.norm())
 
 
 def _smooth(problems: Sequence[LinearProblem], scheme: Scheme, options: RecipeOptions) -> Tensor:

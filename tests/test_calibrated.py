@@ -72,6 +72,9 @@ def test_output_errors_are_reported_and_verified(
     modulated = {name for name in errors if ".norm" in name}  # 1 is added to their bias in bf16
     assert errors.keys() == made.keys()
     for name, error in errors.items():
+        if made[name] is None:
+            assert error is None
+            continue
         slack = 0.012 if name in modulated and target == "nunchaku" else 1e-4
         assert error == pytest.approx(made[name], rel=0.05, abs=slack), name
 
