@@ -5,7 +5,8 @@
 Every recipe goes through the plan, the packer and the unpacker of its target, and the unpacked
 bytes run in the real pipeline (emulate.py). The same prompts and seeds for all; none of them
 calibrated. Recipes that no runtime has a file for (no low-rank branch, or rank 4) travel in the
-SVDQuant layout with a branch of zeros; mxfp6, whose one runtime does not run FLUX.1, goes unpacked.
+SVDQuant layout with a branch of zeros; schemes whose runtimes leave out layers of FLUX.1 go
+unpacked, on all layers that ComfyUI quantizes.
 
 Weight and output SQNR are means over the layers, in dB, of the last model in the row. PSNR is the
 mean over images; velocity SQNR compares the transformer's predictions along the reference
@@ -44,7 +45,8 @@ from dqconvert.converter.resolve import embedded
 from dqconvert.converter.statistics import statistics
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.recipe import RecipeOptions
-from dqconvert.quantizers.spec import Scheme
+from dqconvert.quantizers.schemes import schemes
+from dqconvert.quantizers.spec import DTYPE_BITS, Scheme
 from dqconvert.quantizers.tensors import TORCH_DTYPES, LowRank, QuantizedTensor
 
 FOLDER = embedded()["flux-digits"]
@@ -122,10 +124,11 @@ def layers_of(
     for group in plan.groups:
         if group[0].form is None:
             continue
-        for layer in group:
-            _count(layer, losses)
         work = layers.Recipe(plan, prepared.source, stats, options)
-        for layer, problem, q in _quantized([_changed(layer, row) for layer in group], work, row):
+        group = [_changed(layer, row) for layer in group]
+        for layer in group:
+            _count(layer, losses, row)
+        for layer, problem, q in _quantized(group, work, row):
             assert layer.form is not None and layer.scheme is not None
             activation = plan.target.activation(layer.form, layer.scheme)
             losses.weight.append(recipe.weight_error(q, problem.weight))
@@ -135,8 +138,11 @@ def layers_of(
 
 
 def _changed(layer: LayerPlan, row: Row) -> LayerPlan:
-    """With the steps of the recipe where they are not the scheme's."""
-    assert layer.scheme is not None
+    """With what of the recipe is not the plan's."""
+    assert layer.scheme is not None and layer.form is not None
+    if row.like is not None:
+        own = schemes()[row.scheme]
+        return replace(layer, scheme=own, form=replace(layer.form, spec=own.weight))
     if row.steps is None:
         return layer
     return replace(layer, scheme=replace(layer.scheme, steps=row.steps))
@@ -148,14 +154,21 @@ def _quantized(
     target = work.plan.target
     for layer, problem, q in layers.quantized_group(group, work):
         assert layer.form is not None
+        if row.like is not None:
+            yield layer, problem, q
+            continue
         packed = target.pack(layer.form, _completed(q, layer))
         yield layer, problem, target.unpack(layer.form, packed)
 
 
-def _count(layer: LayerPlan, losses: Losses) -> None:
+def _count(layer: LayerPlan, losses: Losses, row: Row) -> None:
     """Bits of a layer but for its bias and its marker."""
     assert layer.form is not None
-    losses.weights += layer.form.shape[0] * layer.form.shape[1]
+    spec, (n, k) = layer.form.spec, layer.form.shape
+    losses.weights += n * k
+    if row.like is not None:
+        losses.bits += n * k * spec.bits + math.prod(spec.grid((n, k))) * DTYPE_BITS[spec.scale]
+        return
     losses.bits += 8 * sum(
         info.nbytes
         for name, info in layer.outputs.items()
@@ -182,7 +195,7 @@ def measure(row: Row, reference: Reference) -> tuple[Losses, float, float]:
     """Losses of the layers, PSNR and velocity SQNR of one recipe."""
     job = Job(
         model=str(reference.folder),
-        scheme=row.scheme,
+        scheme=row.like or row.scheme,
         target=row.target,
         calib=FOLDER / "prompts.txt",
         rounding=row.rounding,

@@ -9,7 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A recipe. rounding, target, steps, rank: None for the scheme's; more: words of the job."""
+    """A recipe. rounding, target, steps, rank: None for the scheme's; more: words of the job.
+
+    like: the scheme whose plan it borrows where no runtime of the scheme quantizes all of FLUX.1's
+    layers; the result is then not packed.
+    """
 
     title: str
     scheme: str
@@ -20,24 +24,26 @@ class Row:
     rank: int | None = None
     smooth: str = "auto"
     precondition: str = "off"
+    like: str | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
 INT4, NVFP4 = "svdquant-w4a4", "svdquant-nvfp4"
 PLAIN = (
-    "int8", "fp8", "fp8-tensor", "fp8-e5m2", "fp8-block128", "mxfp8", "mxfp4", "nvfp4",
+    "int8", "fp8", "fp8-tensor", "fp8-e5m2", "fp8-block128", "mxfp8", "mxfp6", "mxfp4", "nvfp4",
     "convrot-int8", "convrot-w4a4", "convrot-mixed", "convrot-w4a8",
 )  # fmt: skip
-TARGETS = {"fp8": "vllm", "mxfp4": "vllm", "fp8-block128": "vllm"}
+TARGETS = {"fp8": "diffusers"}
+LIKE = {"mxfp6": "mxfp8", "mxfp4": "mxfp8", "fp8-block128": "mxfp8"}
 
 
 def _plain() -> list[Row]:
     """Each plain and rotated scheme under each rounding, and preconditioned."""
     found = []
     for name in PLAIN:
-        target = TARGETS.get(name)
+        target, like = TARGETS.get(name, "comfyui"), LIKE.get(name)
         for rounding in ("rtn", "mse", "gptq"):
-            found.append(Row(f"{name}, {rounding}", name, rounding, target))
+            found.append(Row(f"{name}, {rounding}", name, rounding, target, like=like))
         found.append(
             Row(f"{name}, gptq, preconditioned", name, "gptq", target, precondition="auto")
         )
