@@ -44,9 +44,9 @@ def _plain() -> list[Row]:
         target, like = TARGETS.get(name, "comfyui"), LIKE.get(name)
         for rounding in ("rtn", "mse", "gptq"):
             found.append(Row(f"{name}, {rounding}", name, rounding, target, like=like))
-        found.append(
-            Row(f"{name}, gptq, preconditioned", name, "gptq", target, precondition="auto")
-        )
+        if like is None:  # what is folded is judged under the scheme of the plan
+            title = f"{name}, gptq, preconditioned"
+            found.append(Row(title, name, "gptq", target, precondition="auto"))
     return found
 
 
