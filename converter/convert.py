@@ -56,16 +56,18 @@ def convert(
         if prepared.precondition is not None:
             metadata = {**metadata, **precondition.metadata(prepared.precondition)}
             precondition.save(folder, prepared.precondition)
-        with FileSet(_files(folder, plan), plan.outputs, metadata) as files:
+        (folder / plan.target.FOLDER).mkdir(exist_ok=True)
+        places = {folder / name: tensors for name, tensors in plan.files.items()}
+        with FileSet(places, plan.outputs, metadata) as files:
             for name, tensor in _extras(plan).items():
                 files.write(name, tensor)
             for reports in _groups(prepared, files, stats, listen):
                 layers += reports
                 yield from reports
-        places = {layer.name: place for place, layer in enumerate(plan.layers)}
+        order = {layer.name: place for place, layer in enumerate(plan.layers)}
         report = Report(
             output=prepared.output,
-            layers=tuple(sorted(layers, key=lambda layer: places[layer.name])),
+            layers=tuple(sorted(layers, key=lambda layer: order[layer.name])),
             source_bytes=plan.source_bytes,
             output_bytes=plan.nbytes,
             seconds=time.perf_counter() - start,
@@ -75,16 +77,6 @@ def convert(
         )
         report = manifest.write(folder, prepared, report, files.digests)
     yield report
-
-
-def _files(folder: Path, plan: Plan) -> dict[Path, tuple[str, ...]]:
-    """The files of an output and the names of their tensors; makes the folder they lie in."""
-    place = folder / plan.target.FOLDER
-    place.mkdir(exist_ok=True)
-    split = getattr(plan.target, "files", None)  # of some targets only
-    names = tuple(plan.outputs)
-    found = split(plan.context, names) if split else {plan.target.filename(plan.context): names}
-    return {place / name: tuple(tensors) for name, tensors in found.items()}
 
 
 def _extras(plan: Plan) -> Mapping[str, Tensor]:

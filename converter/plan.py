@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -73,9 +73,15 @@ class Plan:
         return list(found.values())
 
     @property
-    def sites(self) -> tuple[str, ...]:
-        """Canonical linears whose inputs calibration must observe."""
-        return tuple(dict.fromkeys(layer.site for layer in self.layers if layer.form))
+    def files(self) -> dict[str, tuple[str, ...]]:
+        """The files of weights inside the output, and the names of their tensors."""
+        split = getattr(self.target, "files", None)  # of some targets only
+        names = tuple(self.outputs)
+        found: Mapping[str, Iterable[str]] = {self.target.filename(self.context): names}
+        if split is not None:
+            found = split(self.context, names)
+        folder = f"{self.target.FOLDER}/" if self.target.FOLDER else ""
+        return {f"{folder}{name}": tuple(tensors) for name, tensors in found.items()}
 
     @property
     def nbytes(self) -> int:

@@ -61,5 +61,5 @@ def notes_of(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
         if left:
             yield (
                 f"{len(left)} layers have nothing before them that could hold an AWQ scale and go "
-                f"without: {', '.join(left)}"
+                f"without: {', '.join(left[:3])}{' ...' if len(left) > 3 else ''}"
             )

@@ -38,7 +38,7 @@ def plan(prepared: Prepared, as_json: bool) -> None:
     rows = [
         {
             "layer": layer.name,
-            "format": layer.form.spec.code if layer.form else "kept",
+            "format": layer.form.label if layer.form else "kept",
             "shape": "x".join(map(str, layer.form.shape)) if layer.form else "",
             "bytes": f"{layer.nbytes:,}",
             "reason": layer.reason,
@@ -59,6 +59,7 @@ def conversion(prepared: Prepared, as_json: bool, quiet: bool) -> None:
     """Run a prepared job under a progress bar, then its summary."""
     from dqconvert.converter import manifest
     from dqconvert.converter.convert import convert
+    from dqconvert.converter.resolve import read_json
 
     def run(listen: Callable[[Progress], None]) -> Report:
         *_, report = convert(prepared, listen)
@@ -67,7 +68,7 @@ def conversion(prepared: Prepared, as_json: bool, quiet: bool) -> None:
 
     report = with_progress(run, quiet or as_json)
     if as_json:
-        click.echo(json.dumps(manifest.describe(prepared, report)))
+        click.echo(json.dumps(read_json(report.output / manifest.NAME)))
     elif not quiet:
         _summary(prepared, report)
 
@@ -172,5 +173,5 @@ def _summary(prepared: Prepared, report: Report) -> None:
 
 
 def _filename(prepared: Prepared) -> str:
-    filename: str = prepared.plan.target.filename(prepared.plan.context)
-    return filename
+    first, *others = prepared.plan.files
+    return f"{first} and {len(others)} more" if others else first

@@ -156,7 +156,6 @@ def test_nunchaku_layers_share_smooth_vectors_as_its_kernels_do() -> None:
     assert sites["transformer_blocks.3.qkv_proj_context"] == "transformer_blocks.3.attn.add_q_proj"
     assert sites["single_transformer_blocks.7.mlp_fc1"] == "single_transformer_blocks.7.attn.to_q"
     assert sites["single_transformer_blocks.7.mlp_fc2"] == "single_transformer_blocks.7.proj_out"
-    assert set(sites.values()) == set(plan.sites)
 
 
 @pytest.mark.parametrize("name", ["svdquant-w4a4", "svdquant-nvfp4"])
