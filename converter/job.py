@@ -52,8 +52,8 @@ class LayerReport:
 
     weight_error: ||W' - W|| / ||W||, None where there is no W to compare with; output_error:
     ||Y' - Y|| / ||Y - mean Y|| on held calibration rows, activations quantized as the runtime
-    does, None without calibration; seconds: of all layers of its group; scheme: its own, where a conversion
-    mixes several.
+    does, None without calibration; seconds: of all layers of its group; scheme: its own, where a
+    conversion mixes several.
     """
 
     name: str
