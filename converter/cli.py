@@ -11,7 +11,7 @@ import functools
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import click
 
 from dqconvert.converter import manifest, show
 from dqconvert.converter.job import Job
-from dqconvert.formats.targets import Target, targets
+from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
 
@@ -131,12 +131,18 @@ def main() -> None:
 @click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
 @click.option("--rounding", type=click.Choice(["rtn", "mse", "gptq"]), help="Default: gptq.")
 @click.option("--smooth", type=Smooth(), default="auto", show_default=True)
-@click.option("--precondition", type=click.Choice(["off", "auto", "fold", "center"]), default="off")
+@click.option(
+    "--precondition",
+    type=click.Choice(["off", "auto", "fold", "center"]),
+    default="off",
+    show_default=True,
+    help="Smooth inside the weights; needs --calib.",
+)
 @click.option("--group-size", type=int, metavar="N", help="Of weight-only int4: 32, 64 or 128.")
 @click.option("--zero-points", is_flag=True, help="Weight-only int4 with zero points.")
 @click.option("--keep", metavar="REGEX", help="Linears to leave unquantized, by diffusers name.")
 @click.option("--override", type=Override(), multiple=True, help="Another scheme for some linears.")
-@click.option("--layout", metavar="NAME", help="One of the target's; see `dqconvert list targets`.")
+@click.option("--layout", metavar="NAME", help="One of the target's; see `list layouts`.")
 @click.option("--legacy", is_flag=True, help="Short for --layout scaled-fp8 (comfyui).")
 @click.option("--kernel", metavar="NAME", help="What LightX2V runs the layers with.")
 @click.option("--save-by-block", is_flag=True, help="A file for each block (lightx2v).")
@@ -167,11 +173,11 @@ def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, *
 
 
 @main.command("list")
-@click.argument("what", type=click.Choice(["schemes", "targets", "models"]))
+@click.argument("what", type=click.Choice(["schemes", "targets", "layouts", "models"]))
 @click.option("--json", "as_json", is_flag=True)
 @reported
 def list_(what: str, as_json: bool) -> None:
-    """Print what there is: schemes, targets or models."""
+    """Print what there is: schemes, targets, their layouts, or models."""
     show.table(_rows(what), as_json)
 
 
@@ -235,12 +241,18 @@ def calibrate(quiet: bool, as_json: bool, **words: Any) -> None:
     show.made(path, as_json)
 
 
-def _layouts(target: Target) -> Iterator[str]:
-    """The schemes that a target has several layouts for, the default first."""
-    for scheme in schemes().values():
-        found = () if target.accepts(scheme) else target.layouts(scheme)
-        if len(found) > 1:
-            yield f"{scheme.name}: {', '.join(found)}"
+def _layouts() -> list[dict[str, str]]:
+    """The layouts of targets that have several for a scheme, the default of a scheme first."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for target in targets().values():
+        for scheme in schemes().values():
+            names = () if target.accepts(scheme) else target.layouts(scheme)
+            for name in names if len(names) > 1 else ():
+                found.setdefault((name, target.NAME), []).append(scheme.name)
+    return [
+        {"name": name, "target": target, "schemes": ", ".join(held)}
+        for (name, target), held in found.items()
+    ]
 
 
 @main.command("rebase-lora")
@@ -266,13 +278,14 @@ def _rows(what: str) -> list[dict[str, str]]:
             {"name": s.name, "what": s.summary, "targets": ", ".join(s.targets)}
             for s in schemes().values()
         ]
+    if what == "layouts":
+        return _layouts()
     if what == "targets":
         return [
             {
                 "name": t.NAME,
                 "what": t.SUMMARY,
                 "schemes": ", ".join(s.name for s in schemes().values() if not t.accepts(s)),
-                "layouts": "; ".join(_layouts(t)) or "one of each",
             }
             for t in targets().values()
         ]
