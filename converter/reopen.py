@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter.canonical import expected, swap_halves
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Entry, Family, fill, leaves, match, stacked_rows
+from dqconvert.converter.family import (
+    Entry,
+    Family,
+    fill,
+    leaves,
+    match,
+    patterns,
+    stacked_rows,
+)
 from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.folder import MANIFEST
@@ -77,16 +85,18 @@ class Reopened:
     def kept(self) -> Mapping[str, tuple[str, Entry]]:
         """Unquantized canonical tensors: the name in the file and the row of the table."""
         packed = self.recognized.forms.keys()
-        table = self.family.dialects[self.target.DIALECT]
+        table: dict[str, list[Entry]] = {}
+        for entry in self.family.dialects[self.target.DIALECT]:
+            for leaf in leaves(entry):
+                table.setdefault(leaf.theirs, []).append(leaf)
         found: dict[str, tuple[str, Entry]] = {}
         for name in self.source.infos:
             if _layer_of(name) in packed or name in self.recognized.extras:
                 continue
             rows = [
                 (leaf, index)
-                for entry in table
-                for leaf in leaves(entry)
-                if (index := match(leaf.theirs, name)) is not None
+                for pattern, index in patterns(name)
+                for leaf in table.get(pattern, ())
             ]
             for leaf, index in rows or [(Entry(name, (name,)), "")]:
                 for ours in leaf.ours:
@@ -150,14 +160,17 @@ class Reopened:
         return self.target.unpack(layer.form, tensors)
 
     def read_kept(self, name: str) -> Tensor:
-        """An unquantized canonical tensor."""
+        """An unquantized canonical tensor; SourceError where the file's has no room for it."""
         theirs, leaf = self.kept[name]
         if len(leaf.ours) == 1:
             tensor = self.source.read(theirs)
             return swap_halves(tensor) if leaf.swap else tensor
-        total = self.source.infos[theirs].shape[0]
+        shape = self.source.infos[theirs].shape
         place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)
-        return self.source.read(theirs, stacked_rows(place, len(leaf.ours), self.hidden, total))
+        start, stop = stacked_rows(place, len(leaf.ours), self.hidden, shape[0] if shape else 0)
+        if not shape or not start < stop <= shape[0]:
+            raise SourceError(f"{theirs}: found {list(shape)}, too few rows to hold {name}")
+        return self.source.read(theirs, (start, stop))
 
     def _layers(self) -> Iterator[PackedLayer]:
         table = self.family.dialects[self.target.DIALECT]
@@ -192,6 +205,11 @@ def reopen(path: Path) -> Reopened:
     best = max(known_families, key=Reopened.likeness)
     if best.family.hidden in best.kept and best.layers:
         return best
+    if best.layers and best.likeness() > 0.5:
+        table = best.family.dialects[target.DIALECT]
+        rows = [leaf for entry in table for leaf in leaves(entry)]
+        theirs = [row.theirs for row in rows if row.ours == (best.family.hidden,)]
+        raise SourceError(f"{path}: {(*theirs, best.family.hidden)[0]}: missing from the file")
     raise SourceError(f"{path}: a {target.NAME} file of no known family")
 
 

@@ -30,11 +30,11 @@ from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
 from dqconvert.quantizers import recipe
-from dqconvert.quantizers.errors import DQConvertError
+from dqconvert.quantizers.errors import DQConvertError, SourceError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.schemes import scheme, schemes
-from dqconvert.quantizers.spec import CODES
+from dqconvert.quantizers.spec import CODES, FLOAT_DTYPES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
 
 LIMITS = {4: 0.6, 6: 0.3, 8: 0.15}
@@ -77,11 +77,7 @@ def verify(out: Path, against: str | None = None) -> Verdict:
         reports += [report] if report else []
         problems += [f"{layer.name}: {what}" for what in wrong]
     for kept in found.kept:
-        tensor = found.read_kept(kept)
-        if not _finite(tensor):
-            problems.append(f"{kept}: holds NaN or infinity")
-        elif reference:
-            problems += reference.kept(kept, tensor)
+        problems += _check_kept(found, kept, reference)
     title = f"{found.family.title}, {name} for {found.target.NAME}"
     return Verdict(title, found.target.NAME, name, tuple(reports), tuple(problems))
 
@@ -104,7 +100,7 @@ def _check(
     """
     try:
         q = found.unpack(layer)
-    except (DQConvertError, KeyError, RuntimeError, ValueError) as error:
+    except (DQConvertError, KeyError, RuntimeError, TypeError, ValueError) as error:
         return None, [f"cannot be unpacked ({error!r})"]
     wrong = list(_not_finite(q))
     if reference is None:
@@ -114,6 +110,21 @@ def _check(
     except (KeyError, RuntimeError, ValueError) as error:
         return None, [*wrong, f"cannot be compared with the model ({error!r})"]
     return report, wrong + differences
+
+
+def _check_kept(found: Reopened, name: str, reference: _Reference | None) -> list[str]:
+    """What is wrong with an unquantized tensor."""
+    theirs = found.kept[name][0]
+    info = found.source.infos[theirs]
+    if info.dtype not in FLOAT_DTYPES and (not info.dtype.startswith("F8") or len(info.shape) > 2):
+        return [f"{theirs}: is {recognition.describe(info)}, and nothing says what that stands for"]
+    try:
+        tensor = found.read_kept(name)
+    except SourceError as error:
+        return [str(error)]
+    if not _finite(tensor):
+        return [f"{name}: holds NaN or infinity"]
+    return reference.kept(name, tensor) if reference else []
 
 
 class _Reference:
@@ -238,6 +249,8 @@ def _not_finite(q: QuantizedTensor) -> Iterator[str]:
         "codes": q.codes,
         "scale": q.scale,
         "tensor scale": q.tensor_scale,
+        "zero": q.zero,
+        "codebook": q.codebook,
         "bias": q.bias,
         "smooth": q.smooth,
         "low-rank down": None if q.lowrank is None else q.lowrank.down,

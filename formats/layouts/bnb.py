@@ -112,18 +112,25 @@ class Nf4:
         return tensors | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """See formats/layouts. SourceError where the JSON cannot be read."""
+        """See formats/layouts. SourceError where the JSON or the map says something else."""
         import torch
 
+        from dqconvert.quantizers.errors import SourceError
         from dqconvert.quantizers.tensors import QuantizedTensor
 
+        said = _said(tensors[STATE])
+        for key, need in (("quant_type", "nf4"), ("blocksize", BLOCK), ("shape", [*form.shape])):
+            if said.get(key) != need:
+                raise SourceError(f"{STATE}: {key} is {said.get(key)}, the tensors say {need}")
+        if not torch.allclose(tensors["weight.quant_map"].float().cpu(), torch.tensor(NF4_LEVELS)):
+            raise SourceError("weight.quant_map: found other values than those of NF4")
         packed = tensors["weight"]
         codes = torch.cat((packed >> 4, packed & 15), dim=1).view(form.shape)
         absmax = tensors["weight.absmax"]
         if self.double:
             table = tensors["weight.nested_quant_map"].float()
             steps = tensors["weight.nested_absmax"].float().repeat_interleave(NESTED)
-            absmax = table[absmax.int()] * steps[: len(absmax)] + _offset(tensors[STATE])
+            absmax = table[absmax.int()] * steps[: len(absmax)] + _offset(said)
         scale = torch.where(absmax == 0, 1.0, absmax.float())
         return QuantizedTensor(
             spec=form.spec,
@@ -133,12 +140,21 @@ class Nf4:
         )
 
 
-def _offset(state: Tensor) -> float:
+def _said(state: Tensor) -> dict[str, Any]:
     from dqconvert.quantizers.errors import SourceError
 
     try:
-        return float(json.loads(bytes(state.tolist()))["nested_offset"])
-    except (ValueError, KeyError, TypeError) as error:
+        return {**json.loads(bytes(state.tolist()))}
+    except (ValueError, TypeError) as error:
+        raise SourceError(f"{STATE}: cannot be read ({error!r})") from error
+
+
+def _offset(said: Mapping[str, Any]) -> float:
+    from dqconvert.quantizers.errors import SourceError
+
+    try:
+        return float(said["nested_offset"])
+    except (KeyError, TypeError, ValueError) as error:
         raise SourceError(f"{STATE}: cannot be read ({error!r})") from error
 
 
@@ -204,9 +220,11 @@ class Int8Rows:
         } | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """See formats/layouts."""
+        """See formats/layouts. ValueError where the weight does not lie in rows."""
         from dqconvert.quantizers.tensors import QuantizedTensor
 
+        if "weight_format" in tensors and bool(tensors["weight_format"].any()):
+            raise ValueError("weight_format: not 0, which bitsandbytes calls row")
         return QuantizedTensor(
             spec=form.spec,
             codes=tensors["weight"],

@@ -132,7 +132,9 @@ class TorchAo:
         return tensors
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """See formats/layouts."""
+        """See formats/layouts. ValueError on zero points, which symmetric weights have none of."""
+        if ZERO in tensors and bool(tensors[ZERO].any()):
+            raise ValueError(f"{ZERO}: not zero, but the weight is symmetric")
         return _bytes(form).unpack(form, tensors)
 
     def entry(self, form: PackedForm) -> dict[str, Any]:

@@ -174,9 +174,16 @@ def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """
     found, rotation = known(form), form.rotation
     if "comfy_quant" in tensors and form.layout != LEGACY:
-        rotation = _marked(form, bytes(tensors["comfy_quant"].tolist()))
+        rotation = _marked(form, _text(tensors["comfy_quant"]))
     q = found.layout.unpack(found.inner(replace(form, rotation=rotation)), tensors)
     return replace(q, rotation=rotation, shift=form.shift)
+
+
+def _text(marker: Tensor) -> bytes:
+    if marker.element_size() != 1 or marker.is_floating_point() or marker.ndim != 1:
+        found = f"{str(marker.dtype).removeprefix('torch.')} {list(marker.shape)}"
+        raise SourceError(f"comfy_quant: {found} is no text in bytes")
+    return bytes(marker.tolist())
 
 
 def _marked(form: PackedForm, text: bytes) -> int:
