@@ -91,12 +91,18 @@ def _mix(prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]) -
 
 
 def _error(problem: LinearProblem, layer: LayerPlan, scheme: Scheme, plan: Plan) -> float:
-    """Squared relative output error of one layer under a scheme, rounded to nearest."""
-    assert layer.form is not None
+    """Squared output error of one layer under a scheme, rounded to nearest, by its outputs' energy.
+
+    Energy with the mean: a layer whose outputs are mostly constant disturbs what follows less.
+    """
+    assert layer.form is not None and problem.stats is not None
     form = replace(layer.form, spec=scheme.weight)
     scheme = replace(scheme, activation=plan.target.activation(form, scheme))
     (q,) = recipe.quantize_group([problem], scheme, RecipeOptions(rounding="rtn"))
-    return recipe.output_error(q, problem, scheme.activation) ** 2
+    outputs = problem.stats.rows.float() @ problem.weight.float().T
+    varying = (outputs - outputs.mean(0)).square().sum()
+    error = recipe.output_error(q, problem, scheme.activation)
+    return error**2 * float(varying / outputs.square().sum().clamp(min=1e-30))
 
 
 def _weights(layer: LayerPlan) -> int:

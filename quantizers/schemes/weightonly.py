@@ -21,10 +21,11 @@ SCHEMES = (
     ),
     Scheme(
         name="awq-w4a16",
-        summary="int4 groups of 128 by AWQ, activations in 16 bit",
+        summary="int4 groups of 128 by AWQ and GPTQ, activations in 16 bit",
         weight=INT4_GROUP128,
         activation=None,
         steps=("fold", "clip"),
+        rounding="gptq",
         calibrated=True,
         targets=("diffusers", "vllm", "comfyui"),
     ),
