@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -140,9 +141,24 @@ def make_plan(
     if extras:
         outputs |= extras(context)
         context = replace(context, names=tuple(outputs))
-    target.config(context), target.metadata(context)  # refuse now what they cannot say
+    _check_readable(target, context, outputs)
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
+
+
+def _check_readable(
+    target: Target, context: FileContext, outputs: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse now what a runtime would not load, such as formats that its config cannot mix.
+
+    PlanError with what the target finds wrong with its own file, or cannot say in its config.
+    """
+    said, config = target.metadata(context), target.config(context)
+    found = target.recognize(outputs, said, json.loads(json.dumps(config or {})))
+    if found is None:
+        raise PlanError([f"target {target.NAME} would not know the file again"])
+    if found.problems:
+        raise PlanError(f"the file would not load; {problem}" for problem in found.problems)
 
 
 class _Planner:
