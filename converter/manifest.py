@@ -74,6 +74,7 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "rounding": prepared.rounding,
             "smooth": job.smooth if prepared.calibration and plan.scheme.steps else "off",
             "keep": job.keep,
+            "overrides": [list(pair) for pair in job.overrides],
             "layout": plan.context.layout,
             "group_size": job.group_size,
             "zero_points": job.zero_points,

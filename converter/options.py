@@ -117,6 +117,11 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
         problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
     if options.zero_points and not grouped:
         problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
-    if scheme.calibrated and not options.calibrated:
-        problems.append(f"scheme {scheme.name} learns from activations: give prompts with --calib")
+    wanted = [scheme, *(schemes.scheme(name) for _, name in options.overrides)]
+    if not options.calibrated:
+        problems += [
+            f"scheme {one.name} learns from activations: give prompts with --calib"
+            for one in wanted
+            if one.calibrated
+        ]
     return problems

@@ -263,20 +263,22 @@ class _Planner:
         )
 
     def _scheme(self, modules: list[str]) -> tuple[Scheme, str]:
-        """A layer's scheme and layout: its own choice if there is one, else a sensitive one's."""
-        choices = self.options.choices
-        name = next((choices[module] for module in modules if module in choices), None)
+        """A layer's scheme and layout: the user's word, else what was chosen, else a sensitive
+        one's."""
+        choices, name = self.options.choices, ""
         for pattern, other in self.options.overrides:
-            if name is None and any(re.search(pattern, module) for module in modules):
+            if not name and any(re.search(pattern, module) for module in modules):
                 self.unmatched.discard(pattern)
                 name = other
-        if name is None and self.scheme.better and not self.options.choices:
+        if not name:
+            name = next((choices[module] for module in modules if module in choices), "")
+        if not name and self.scheme.better and not self.options.choices:
             patterns = self.source.family.sensitive
             if all(any(match(p, module) is not None for p in patterns) for module in modules):
                 name = self.scheme.better
-        if name in (None, self.scheme.name):
+        if name in ("", self.scheme.name):
             return self.scheme, self.layout
-        chosen = schemes.scheme(str(name))
+        chosen = schemes.scheme(name)
         layouts = self.target.layouts(chosen)
         layout = self.layout if self.layout in layouts else layouts[0]
         return self.target.adapt(chosen, layout), layout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from dqconvert.formats.form import FileContext
+from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 
 ROW, TENSOR = (1, ALL), (ALL, ALL)
@@ -49,3 +51,17 @@ def refusal(scheme: Scheme, kinds: Collection[str], runtime: str) -> str | None:
     if kind != "w4a16" and scheme.activation is None:
         return f"{runtime} quantizes the inputs of {kind} layers as well; the scheme does not"
     return None
+
+
+def check_uniform(context: FileContext, runtime: str) -> None:
+    """PlanError where a layer's format is not the one that the config says of them all."""
+    spec = context.scheme.weight
+    others = [name for name, form in context.layers.items() if form.spec != spec]
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise PlanError(
+            [
+                f"{runtime} reads one format for all layers, that of {context.scheme.name}; "
+                f"another for {others[0]}{more}"
+            ]
+        )

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.layouts import Layout
 from dqconvert.formats.layouts.blocked import BlockScaled
-from dqconvert.formats.layouts.kinds import kind_of, refusal
+from dqconvert.formats.layouts.kinds import check_uniform, kind_of, refusal
 from dqconvert.formats.layouts.reading import read_forms
 from dqconvert.formats.layouts.scaled import Scaled
 from dqconvert.formats.recognition import Infos, layers_with
@@ -278,8 +278,10 @@ def metadata(context: FileContext) -> dict[str, str]:
 def config(context: FileContext) -> dict[str, Any]:
     """What LightX2V merges over its user's config, and nothing else.
 
-    PlanError on a kernel for another format, and on formats that encoders are not read in.
+    PlanError on several formats, on a kernel for another, and on those that encoders are not
+    read in.
     """
+    check_uniform(context, "LightX2V")
     kind = kind_of(context.scheme.weight)
     kernel = context.settings.get("kernel", KERNELS[kind][0])
     if kernel not in KERNELS[kind]:

@@ -29,7 +29,7 @@ from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.layouts import Layout
 from dqconvert.formats.layouts import diffusers_folder as folder
 from dqconvert.formats.layouts.blocked import BlockScaled
-from dqconvert.formats.layouts.kinds import kind_of, refusal
+from dqconvert.formats.layouts.kinds import check_uniform, kind_of, refusal
 from dqconvert.formats.layouts.modelopt import modelopt_config
 from dqconvert.formats.layouts.reading import read_forms
 from dqconvert.formats.layouts.scaled import Scaled
@@ -173,7 +173,8 @@ def metadata(context: FileContext) -> dict[str, str]:
 
 
 def config(context: FileContext) -> dict[str, Any]:
-    """The model's config with the quantization_config."""
+    """The model's config with the quantization_config. PlanError on several formats."""
+    check_uniform(context, "SGLang")
     kind = kind_of(context.scheme.weight)
     method = METHODS[kind]
     if all(form.input_scale for form in context.layers.values()):

@@ -33,7 +33,7 @@ from dqconvert.formats.layouts import Layout, compressed
 from dqconvert.formats.layouts import diffusers_folder as folder
 from dqconvert.formats.layouts.blocked import BlockScaled
 from dqconvert.formats.layouts.grouped import Gptq
-from dqconvert.formats.layouts.kinds import kind_of, refusal
+from dqconvert.formats.layouts.kinds import check_uniform, kind_of, refusal
 from dqconvert.formats.layouts.modelopt import modelopt_config
 from dqconvert.formats.layouts.reading import read_forms
 from dqconvert.formats.layouts.scaled import Scaled
@@ -252,7 +252,8 @@ def metadata(context: FileContext) -> dict[str, str]:
 
 
 def config(context: FileContext) -> dict[str, Any]:
-    """The model's config with the quantization_config."""
+    """The model's config with the quantization_config. PlanError on several formats."""
+    check_uniform(context, "vLLM-Omni")
     spec = context.scheme.weight
     kind = kind_of(spec)
     method = context.layout or _layouts(kind)[0]
