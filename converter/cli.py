@@ -24,6 +24,8 @@ from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
 
 PATH = click.Path(path_type=Path)
+LEGACY = "scaled-fp8"
+"""The layout that --legacy stands for."""
 
 
 class DefaultGroup(click.Group):
@@ -79,7 +81,7 @@ class Override(click.ParamType[tuple[str, str]]):
         if not pattern or not name:
             self.fail(f"'{value}' is not of the form REGEX=SCHEME", param, ctx)
         if name not in schemes():
-            raise UnknownName("scheme", name, schemes())
+            self.fail(str(UnknownName("scheme", name, schemes())), param, ctx)
         return pattern, name
 
 
@@ -129,7 +131,11 @@ def main() -> None:
 @click.option("--pipeline", metavar="MODEL", help="Text encoders for a lone transformer.")
 @click.option("-o", "--output", type=PATH, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
 @click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
-@click.option("--rounding", type=click.Choice(["rtn", "mse", "gptq"]), help="Default: gptq.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["rtn", "mse", "gptq"]),
+    help="Default: the scheme's, which is gptq for most with --calib, else rtn.",
+)
 @click.option("--smooth", type=Smooth(), default="auto", show_default=True)
 @click.option(
     "--precondition",
@@ -165,8 +171,10 @@ def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
 
 def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, **words: Any) -> Job:
     """A job from the words of the command line, the short ones spelt out."""
+    if legacy and words["layout"] not in (None, LEGACY):
+        raise click.UsageError(f"--legacy means --layout {LEGACY}, not {words['layout']}")
     if legacy:
-        words["layout"] = words["layout"] or "scaled-fp8"
+        words["layout"] = LEGACY
     settings = {"kernel": kernel, "save-by-block": "yes" if save_by_block else None}
     given = {name: value for name, value in settings.items() if value is not None}
     return Job(**words, overrides=tuple(override), settings=given)
