@@ -69,12 +69,13 @@ def _mix(prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]) -
     """The scheme of each canonical linear: the better one where it saves most output error.
 
     Greedy by the squared relative error saved for each weight, until the scheme's share of all
-    weights is used up.
+    weights is used up. Layers that the user gave another scheme stay out of it.
     """
     plan = prepared.plan
     base, better = plan.scheme, schemes.scheme(str(plan.scheme.better))
     better = plan.target.adapt(better, plan.target.layouts(better)[0])
-    layers = [layer for layer in plan.layers if layer.form]
+    both = (base.name, better.name)
+    layers = [one for one in plan.layers if one.form and one.scheme and one.scheme.name in both]
     gains: list[tuple[float, LayerPlan]] = []
     for done, layer in enumerate(layers, start=1):
         problem = problem_of(layer, prepared.source, stats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 from functools import cache
 from pathlib import Path
@@ -114,3 +115,19 @@ def test_words_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "--legacy means --layout scaled-fp8" in refused(tmp_path, *legacy, code=2)
     override = ("m", "--scheme", "int8", "--override", "ff=int9")
     assert "no scheme is called 'int9'; did you mean int8" in refused(tmp_path, *override, code=2)
+
+
+def test_a_mix_spares_its_share_of_what_was_left_to_it(tmp_path: Path) -> None:
+    pipeline, out = checkpoints.tiny_pipeline(tmp_path / "tiny"), tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    words = ("--calib", prompts, "--calib-steps", 1, "--size", "64x64", "--rounding", "rtn")
+    mix = ("--scheme", "convrot-mixed", "--override", r"\.ff\.=fp8-tensor")
+    done(pipeline, *mix, *words, "-o", out)
+    weights: dict[str, int] = {}
+    for layer in json.loads((out / "dqconvert.json").read_text())["layers"]:
+        rows, columns = layer["shape"]
+        weights[layer["scheme"]] = weights.get(layer["scheme"], 0) + rows * columns
+    left = weights["convrot-int8"] + weights["convrot-mixed"]
+    assert weights["fp8-tensor"] > 0
+    assert 0 < weights["convrot-int8"] <= 0.2 * left

@@ -156,7 +156,8 @@ def problem(form: PackedForm) -> str | None:
         return f"one scale for the tensor; the layer stacks {form.parts}"
     rows, columns = MULTIPLES.get(kind, (1, 1))
     if form.shape[0] % rows or form.shape[1] % columns:
-        return f"{kind} kernels want multiples of {rows} rows and {columns} columns"
+        height = f"{rows} rows and " if rows > 1 else ""
+        return f"{kind} kernels want multiples of {height}{columns} columns"
     return None
 
 
