@@ -12,7 +12,7 @@ INT4_GROUP128 = QuantSpec("int4", (1, 128), full_range=True)
 SCHEMES = (
     Scheme(
         name="gptq-w4a16",
-        summary="int4 groups of 128 by GPTQ, activations in 16 bit",
+        summary="int4 groups by GPTQ, activations in 16 bit",
         weight=INT4_GROUP128,
         activation=None,
         rounding="gptq",
@@ -21,7 +21,7 @@ SCHEMES = (
     ),
     Scheme(
         name="awq-w4a16",
-        summary="int4 groups of 128 by AWQ and GPTQ, activations in 16 bit",
+        summary="int4 groups by AWQ and GPTQ, activations in 16 bit",
         weight=INT4_GROUP128,
         activation=None,
         steps=("fold", "clip"),
