@@ -35,13 +35,15 @@ class Subject:
 
     pipeline_dir: a diffusers pipeline folder; config: of its transformer, with _class_name;
     weights: the transformer's tensors whose diffusers name starts with a prefix; blocks: names of
-    the transformer's ModuleLists of blocks, in the order in which it runs them.
+    the transformer's ModuleLists of blocks, in the order in which it runs them; component: what
+    the pipeline calls that transformer, "transformer_2" for the second expert.
     """
 
     pipeline_dir: Path
     config: Mapping[str, Any]
     weights: Weights
     blocks: tuple[str, ...]
+    component: str = "transformer"
 
 
 def collect(
@@ -73,7 +75,7 @@ def collecting(
         watched = _watched(model, sites)
         encoded = encode(subject.pipeline_dir, chosen, settings)
         fill(model, subject.weights, settings)
-        pipe = open_denoiser(subject.pipeline_dir, model, settings)
+        pipe = open_denoiser(subject.pipeline_dir, model, settings, subject.component)
         lockstep = Lockstep[nn.Module](blocks, Resident())
         steps = _Steps(len(chosen) * settings.steps)
         tasks = [

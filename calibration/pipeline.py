@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,9 @@ Encoded = Mapping[str, Any]
 
 TEXT = ("text_encoder", "tokenizer")
 """How the names of the components begin that only the text needs."""
+
+EMPTY = " "
+"""The negative prompt of those who have none to give, as Qwen-Image's own examples write it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ def encode(
     """
     index = _index(folder)
     signature = read_signature(index.pipeline)
+    if hasattr(sys.modules[index.pipeline.__module__], "is_ftfy_available"):
+        require("ftfy")  # which such a pipeline calls even where it is not there
     others = [name for name in index.named("") if not name.startswith((*TEXT, "processor"))]
     given = dict.fromkeys(others) | _text_encoders(index, settings)
     pipe = _load(index, given).to(settings.device)
@@ -69,19 +75,32 @@ def encode(
     return encoded
 
 
-def open_denoiser(folder: Path, transformer: nn.Module, settings: CalibrationSettings) -> Any:
-    """The pipeline without its text half, around a transformer that is ready to run."""
+def open_denoiser(
+    folder: Path,
+    transformer: nn.Module,
+    settings: CalibrationSettings,
+    component: str = "transformer",
+) -> Any:
+    """The pipeline without its text half, around a transformer that is ready to run.
+
+    component: what the pipeline calls it; where it has another expert, that one is loaded.
+    """
     index = _index(folder)
-    if "transformer" not in index.components:
+    if component not in index.components:
         raise CalibrationError(
-            f"{folder}: {index.pipeline.__name__} has no transformer; only diffusion transformers"
+            f"{folder}: {index.pipeline.__name__} has no {component}; only diffusion transformers"
             " can be calibrated"
         )
-    given = dict.fromkeys(index.named(*TEXT)) | {"transformer": transformer}
-    pipe = _load(index, given)
+    experts = {
+        name: _expert(index, name, settings)
+        for name in index.named("transformer")
+        if name != component
+    }
+    experts[component] = transformer
+    pipe = _load(index, dict.fromkeys(index.named(*TEXT)) | experts)
     pipe.set_progress_bar_config(disable=True)
     for name, part in pipe.components.items():
-        if isinstance(part, nn.Module) and name != "transformer":
+        if isinstance(part, nn.Module) and name not in experts:
             part.to(settings.device, getattr(torch, settings.dtype))
     return pipe
 
@@ -106,22 +125,26 @@ def drawing(
     optional = {
         "height": height,
         "width": width,
+        "num_frames": settings.frames,
         "max_sequence_length": settings.max_sequence_length,
-        signature.guidance(base.transformer.config): settings.guidance,
+        signature.guidance(base.transformer.config): prompt.guidance,
         "callback_on_step_end": step,
-        "image": _picture(prompt, signature.name, "image" in signature.call),
+        "image": _picture(prompt, signature),
     }
     options = {k: v for k, v in optional.items() if v is not None and k in signature.call}
 
     def draw() -> Tensor:
-        latents: Tensor = pipe(
-            **_mapped(encoded, lambda tensor: tensor.to(settings.device)),
-            **options,
-            num_inference_steps=settings.steps,
-            generator=torch.Generator("cpu").manual_seed(prompt.seed or 0),
-            output_type="latent",
-            return_dict=False,
-        )[0]
+        try:
+            latents: Tensor = pipe(
+                **_mapped(encoded, lambda tensor: tensor.to(settings.device)),
+                **options,
+                num_inference_steps=settings.steps,
+                generator=torch.Generator("cpu").manual_seed(prompt.seed or 0),
+                output_type="latent",
+                return_dict=False,
+            )[0]
+        except ValueError as error:  # how pipelines refuse sizes and other options
+            raise CalibrationError(f"{signature.name}: {error}") from error
         return latents
 
     return draw
@@ -172,17 +195,37 @@ def _text_encoders(index: _Index, settings: CalibrationSettings) -> dict[str, An
     return loaded
 
 
+def _expert(index: _Index, name: str, settings: CalibrationSettings) -> nn.Module:
+    """Another transformer of the pipeline, in the dtype of the settings."""
+    _check_present(index, name)
+    model_class = getattr(require("diffusers"), index.components[name][1])
+    try:
+        model: nn.Module = model_class.from_pretrained(
+            index.folder / name,
+            torch_dtype=getattr(torch, settings.dtype),
+            local_files_only=True,
+        )
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"{index.folder / name}: cannot be loaded: {error}") from error
+    return model.requires_grad_(False).to(settings.device)
+
+
+def _check_present(index: _Index, name: str) -> None:
+    if not (index.folder / name).is_dir():
+        raise CalibrationError(
+            f"{index.folder / name}: this part of the pipeline is missing; download the whole"
+            " pipeline folder"
+        )
+
+
 def _load(index: _Index, given: Mapping[str, Any]) -> Any:
     """The pipeline of a folder, with some components given, or None to go without.
 
     Folders are looked for here: of one that is missing transformers makes an empty tokenizer.
     """
     for name in index.components:
-        if name not in given and not (index.folder / name).is_dir():
-            raise CalibrationError(
-                f"{index.folder / name}: this part of the pipeline is missing; download the whole"
-                " pipeline folder"
-            )
+        if name not in given:
+            _check_present(index, name)
     try:
         return index.pipeline.from_pretrained(index.folder, local_files_only=True, **given)  # type: ignore[attr-defined]
     except ImportError as error:
@@ -200,6 +243,9 @@ def _encode(
             f"{signature.name} takes no negative prompt; remove it from '{prompt.prompt}'"
         )
     dtype = getattr(torch, settings.dtype)
+    negative = prompt.negative_prompt
+    if negative is None and signature.guided and (prompt.guidance is None or prompt.guidance > 1):
+        negative = EMPTY
 
     def call(text: str, prefix: str = "") -> dict[str, Any]:
         required = [
@@ -211,8 +257,8 @@ def _encode(
         optional = {
             "device": settings.device,
             "max_sequence_length": settings.max_sequence_length or _text_length(pipe, signature),
-            "negative_prompt": prompt.negative_prompt,
-            "image": _picture(prompt, signature.name, "image" in signature.call),
+            "negative_prompt": negative,
+            "image": _picture(prompt, signature),
         }
         options = {k: v for k, v in optional.items() if v is not None and k in signature.encode}
         with torch.no_grad():
@@ -222,8 +268,8 @@ def _encode(
         return {prefix + name: value for name, value in named if value is not None}
 
     found = call(prompt.prompt)
-    if prompt.negative_prompt is not None and signature.separate_negative:
-        found |= call(prompt.negative_prompt, prefix="negative_")
+    if negative is not None and signature.separate_negative:
+        found |= call(negative, prefix="negative_")
     return {
         name: _mapped(value, lambda t: t.to("cpu", dtype if t.is_floating_point() else None))
         for name, value in found.items()
@@ -233,15 +279,13 @@ def _encode(
 
 def _text_length(pipe: Any, signature: Signature) -> int | None:
     """Tokens of text: the pipeline's own default, or fewer if its tokenizers are made for fewer."""
-    parameter = signature.encode.get("max_sequence_length")
     lengths = [
         part.model_max_length
         for name, part in pipe.components.items()
         if name.startswith("tokenizer") and hasattr(part, "model_max_length")
     ]
-    if parameter is None or not isinstance(parameter.default, int) or not lengths:
-        return None
-    return int(min(parameter.default, max(lengths)))
+    own = signature.text_length
+    return own if own is None or not lengths else int(min(own, max(lengths)))
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -255,12 +299,17 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def _picture(prompt: Prompt, pipeline: str, taken: bool) -> Any:
+def _picture(prompt: Prompt, signature: Signature) -> Any:
     if prompt.image is None:
+        if signature.wants_picture:
+            raise CalibrationError(
+                f"{signature.name} starts from a picture; give each prompt an 'image' in a .jsonl"
+                f" file, also '{prompt.prompt}'"
+            )
         return None
-    if not taken:
+    if "image" not in signature.call:
         raise CalibrationError(
-            f"{pipeline} takes no picture; remove 'image' from '{prompt.prompt}'"
+            f"{signature.name} takes no picture; remove 'image' from '{prompt.prompt}'"
         )
     try:
         picture = require("PIL", "Image").open(prompt.image)

@@ -24,16 +24,20 @@ class Prompt:
     """One picture to draw while calibrating.
 
     seed: of the initial noise, None to derive it from the settings and the prompt's place;
-    image: path of an input picture, for pipelines that edit one.
+    image: path of an input picture, for pipelines that edit one; guidance: its strength, None for
+    that of the settings.
     """
 
     prompt: str
     negative_prompt: str | None = None
     seed: int | None = None
     image: str | None = None
+    guidance: float | None = None
 
 
 KEYS = tuple(field.name for field in fields(Prompt))
+KINDS = {"seed": ((int,), "an integer"), "guidance": ((int, float), "a number")}
+"""What values are that are no strings."""
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -111,11 +115,11 @@ def _check_keys(place: str, entry: dict[str, Any]) -> None:
 
 
 def _check_value(place: str, key: str, value: Any) -> None:
-    wanted = int if key == "seed" else str
+    wanted, word = KINDS.get(key, ((str,), "a string"))
     optional = key != "prompt"
-    if (value is None and optional) or type(value) is wanted:
+    if (value is None and optional) or type(value) in wanted:
         return
-    word = {int: "an integer", str: "a string"}[wanted] + (" or null" if optional else "")
+    word += " or null" if optional else ""
     raise CalibrationError(f"{place}: '{key}' is {json.dumps(value)}; it must be {word}")
 
 

@@ -17,7 +17,7 @@ from dqconvert.calibration.prompts import Prompt
 from dqconvert.quantizers.errors import CalibrationError
 
 DTYPES = ("float32", "bfloat16", "float16")
-RULES = 1
+RULES = 2
 """Counts up when the same settings come to mean other statistics, so that old ones are refused."""
 
 
@@ -25,16 +25,18 @@ RULES = 1
 class CalibrationSettings:
     """How to run the pipeline, and what to keep.
 
-    steps: denoising steps, all of which are observed; height, width: pixels, None for the size
-    that the VAE was made for; samples: cap on the number of prompts; guidance: None for the
-    pipeline's own; seed: of the noise, and of the choice of held rows; rows: held rows per site
-    at most; moments: whether XᵀX is kept, which takes 4 K² bytes per site; max_sequence_length:
-    of the text, None for the pipeline's own, or what its tokenizers are made for if that is less.
+    steps: denoising steps, all of which are observed; height, width: pixels, None for the size that
+    the VAE was made for; frames: of a video, None for the pipeline's own number; samples: cap on
+    the number of prompts; guidance: None for the pipeline's own; seed: of the noise, and of the
+    choice of held rows; rows: held rows per site at most; moments: whether XᵀX is kept, which takes
+    4 K² bytes per site; max_sequence_length: of the text, None for the pipeline's own, or what its
+    tokenizers are made for if that is less.
     """
 
     steps: int
     height: int | None = None
     width: int | None = None
+    frames: int | None = None
     samples: int | None = None
     guidance: float | None = None
     seed: int = 0
@@ -45,7 +47,8 @@ class CalibrationSettings:
     max_sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "height", "width", "samples", "rows", "max_sequence_length"):
+        names = ("steps", "height", "width", "frames", "samples", "rows", "max_sequence_length")
+        for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise CalibrationError(f"calibration: {name} is {value}; it must be at least 1")
@@ -55,9 +58,13 @@ class CalibrationSettings:
             )
 
     def chosen(self, prompts: Sequence[Prompt]) -> tuple[Prompt, ...]:
-        """The prompts to run, each with the seed of its noise."""
+        """The prompts to run, each with the seed of its noise and its guidance."""
         return tuple(
-            replace(prompt, seed=self.seed + index if prompt.seed is None else prompt.seed)
+            replace(
+                prompt,
+                seed=self.seed + index if prompt.seed is None else prompt.seed,
+                guidance=self.guidance if prompt.guidance is None else prompt.guidance,
+            )
             for index, prompt in enumerate(prompts[: self.samples])
         )
 
@@ -93,8 +100,8 @@ def stats_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _content(prompt: Prompt) -> list[str | int | None]:
+def _content(prompt: Prompt) -> list[str | float | None]:
     picture = None
     if prompt.image is not None:
         picture = hashlib.sha256(Path(prompt.image).read_bytes()).hexdigest()
-    return [prompt.prompt, prompt.negative_prompt, prompt.seed, picture]
+    return [prompt.prompt, prompt.negative_prompt, prompt.seed, picture, prompt.guidance]

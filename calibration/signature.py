@@ -25,7 +25,7 @@ class Signature:
     """name: of the pipeline class; call, encode: parameters; returns: names of encode's values."""
 
     name: str
-    call: frozenset[str]
+    call: Mapping[str, inspect.Parameter]
     encode: Mapping[str, inspect.Parameter]
     returns: tuple[str, ...]
 
@@ -38,6 +38,27 @@ class Signature:
     def takes_negative(self) -> bool:
         """Whether the pipeline knows negative prompts at all."""
         return "negative_prompt" in self.encode or "negative_prompt_embeds" in self.call
+
+    @property
+    def guided(self) -> bool:
+        """Whether it is made for guidance that it leaves out where no negative prompt is given.
+
+        Others encode an empty one by themselves.
+        """
+        strength = self.call.get("true_cfg_scale")
+        return strength is not None and bool(strength.default > 1)
+
+    @property
+    def wants_picture(self) -> bool:
+        """Whether it cannot do without a picture: encode_prompt looks at it, or it is required."""
+        picture = self.call.get("image")
+        return picture is not None and ("image" in self.encode or picture.default is picture.empty)
+
+    @property
+    def text_length(self) -> int | None:
+        """Tokens of text: the default of __call__, which encode_prompt's may contradict (Wan)."""
+        found = (names.get("max_sequence_length") for names in (self.call, self.encode))
+        return next((p.default for p in found if p and isinstance(p.default, int)), None)
 
     def guidance(self, config: Mapping[str, Any]) -> str:
         """The option that the guidance strength belongs to.
@@ -65,7 +86,7 @@ def read_signature(pipeline: type) -> Signature:
             " its encode_prompt returns; choose a scheme without calibration"
         )
     parameters = inspect.signature(encode).parameters
-    return Signature(pipeline.__name__, frozenset(call), parameters, names)
+    return Signature(pipeline.__name__, call, parameters, names)
 
 
 def _returned(function: Any) -> tuple[str, ...]:

@@ -234,6 +234,9 @@ def dequantize(out: Path, output: Path, overwrite: bool, as_json: bool) -> None:
 
 @main.command()
 @click.argument("model")
+@click.option(
+    "--component", type=click.Choice(["transformer", "transformer_2"]), default="transformer"
+)
 @click.option("--calib", type=PATH, metavar="FILE", required=True)
 @click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N")

@@ -77,18 +77,20 @@ class Family:
     """A model family, as data.
 
     title: for people; aliases: {short name: Hub id}. signature: canonical tensors that only this
-    family has together. hidden: canonical tensor whose rows are the hidden size. blocks: the
-    module lists of transformer blocks. optional: modules that some variants lack. prefixes: what
+    family has together. hidden: canonical tensor whose rows are the hidden size. blocks: the module
+    lists of transformer blocks. optional: modules that some variants lack. prefixes: what
     all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
-    that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the
-    first lists every tensor, an empty one is the identity. unread: beginnings of names in such
+    that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the first
+    lists every tensor, an empty one is the identity. unread: beginnings of names in such
     checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
     assumed: keys of it that only hold for released models, which a config.json may deny;
-    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target
-    or layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
+    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target or
+    layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
-    mixed schemes keep at the better format without calibration. folds: where the model itself can
-    hold a smooth vector and a center. outside: linears outside the blocks that some policy names.
+    mixed schemes keep at the better format without calibration. video: whether it makes videos.
+    unguided: in the names of models that are made to run without guidance. folds: where the model
+    itself can hold a smooth vector and a center. outside: linears outside the blocks that some
+    policy names.
     """
 
     name: str
@@ -111,6 +113,8 @@ class Family:
     sensitive: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
     outside: tuple[Linear, ...] = ()
+    video: bool = False
+    unguided: tuple[str, ...] = ()
 
     def linear(self, name: str, outside: bool = False) -> tuple[Linear, str] | None:
         """The table row of a canonical linear and its block index, or None.

@@ -12,7 +12,7 @@ from dqconvert.converter.job import Job
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
-from dqconvert.converter.statistics import Calibration, config_of, plan_calibration
+from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import recognize, target
@@ -52,6 +52,8 @@ class Prepared:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of what was decided."""
         found = [*self.found, *_notes_without_calibration(self)]
+        if self.calibration is not None:
+            found += self.calibration.notes
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
@@ -140,7 +142,7 @@ def _learns(job: Job, chosen: Scheme) -> str:
 def _check_words(job: Job) -> None:
     """Options that only mean something with prompts are refused without them."""
     if job.calib is not None:
-        if job.component != TRANSFORMER:
+        if job.component not in (TRANSFORMER, SECOND):
             raise PlanError([f"--calib: observes the transformer, not --component {job.component}"])
         return
     given = {

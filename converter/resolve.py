@@ -21,6 +21,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TRANSFORMER = "transformer"
 _PIPELINE = (
     "scheduler/*",
+    "transformer*/*.json",
+    "transformer*/*.safetensors",
     "vae/*.json",
     "vae/*.safetensors",
     "text_encoder*/*.json",

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
     from dqconvert.quantizers.tensors import LayerStats
 
+FRAMES, VIDEO_SIZE = 17, (256, 416)
+"""Of a video, unless told otherwise: half as many tokens as a picture of a megapixel has."""
+
+SECOND = "transformer_2"
+"""What Wan 2.2's pipelines call their expert for the steps of little noise."""
+
 STEPS = 12
 """Denoising steps of a prompt: spread over the schedule, they matter more than many prompts."""
 
@@ -42,6 +48,27 @@ class Calibration:
     pipeline: Path
     key: str
     path: Path
+    component: str = "transformer"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was chosen for the user."""
+        found, chosen = [], self.settings
+        if chosen.frames:
+            found.append(
+                f"calibrated on videos of {chosen.frames} frames, {chosen.height}x{chosen.width}; "
+                "--size takes another size"
+            )
+        if chosen.guidance == 0:
+            found.append(
+                "calibrated without guidance, as distilled models run; 'guidance' in a .jsonl "
+                "file of prompts says otherwise"
+            )
+        if (self.pipeline / SECOND).is_dir():
+            found.append(
+                f"calibrated as {self.component} of two: on the steps that the pipeline gives it"
+            )
+        return tuple(found)
 
 
 def plan_calibration(
@@ -57,24 +84,27 @@ def plan_calibration(
     if job.calib is None:
         return None
     prompts = read_prompts(job.calib)
-    size = job.size or (None, None)
+    family = source.family
+    size = job.size or (VIDEO_SIZE if family.video else (None, None))
     total = sum(info.nbytes for info in source.infos.values())
     settings = CalibrationSettings(
         steps=job.calib_steps or STEPS,
         height=size[0],
         width=size[1],
+        frames=FRAMES if family.video else None,
+        guidance=0.0 if any(word in model.name for word in family.unguided) else None,
         samples=job.calib_samples,
         dtype="float32" if total <= FP32_LIMIT else "bfloat16",
     )
     sites, pipeline = _sites(source), _pipeline(job, model)
 
     config = config_of(model, source)
-    fingerprint = _fingerprint(source, pipeline, config)
+    fingerprint = _fingerprint(source, pipeline / job.component, config)
 
     def under(settings: CalibrationSettings) -> Calibration:
         key = stats_key(fingerprint, prompts, settings, sites)
         path = cache() / f"{key}.safetensors"
-        return Calibration(prompts, settings, sites, pipeline, key, path)
+        return Calibration(prompts, settings, sites, pipeline, key, path, job.component)
 
     whole = under(settings)
     if rounding == "gptq" or whole.path.exists():
@@ -101,7 +131,7 @@ def statistics(
 
 def calibrate(job: Job, listen: Callable[[Progress], None]) -> Path:
     """Collect the statistics of a job's model and prompts; returns their file."""
-    model = resolve(job.model, whole=True)
+    model = resolve(job.model, whole=True, component=job.component)
     source = open_canonical(open_source(model.path), model.path)
     calibration = plan_calibration(job, model, source)
     assert calibration is not None
@@ -165,7 +195,12 @@ def _run(
         listen(Progress("calibrate", done, total))
 
     config = config_of(model, source)
-    subject = Subject(calibration.pipeline, config, weights, source.family.blocks)
+    blocks = tuple(
+        blocks
+        for blocks in source.family.blocks
+        if any(name.startswith(f"{blocks}.") for name in source.infos)
+    )
+    subject = Subject(calibration.pipeline, config, weights, blocks, calibration.component)
     found = collect(subject, calibration.sites, calibration.prompts, calibration.settings, progress)
     store.save(calibration.path, calibration.key, found)
 
@@ -194,13 +229,16 @@ def _pipeline(job: Job, model: Model) -> Path:
     return folder
 
 
-def _fingerprint(source: CanonicalSource, pipeline: Path, config: Mapping[str, Any]) -> str:
-    """What is run: names and shapes of the weights, and every file's name, size and time."""
-    parts = [path for path in sorted(pipeline.rglob("*")) if path.parent.name != "transformer"]
+def _fingerprint(source: CanonicalSource, place: Path, config: Mapping[str, Any]) -> str:
+    """What is run: names and shapes of the weights, and every file's name, size and time.
+
+    place: the folder in the pipeline that the weights replace.
+    """
+    parts = [path for path in sorted(place.parent.rglob("*")) if path.parent != place]
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in (*source.source.files, *parts)
         if path.is_file()
     ]
     infos = [(name, info.dtype, info.shape) for name, info in source.infos.items()]
-    return hashlib.sha256(json.dumps([files, infos, dict(config)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([place.name, files, infos, dict(config)]).encode()).hexdigest()

@@ -141,6 +141,7 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("num_attention_heads", "attention_head_dim"),
     facts=_facts,
+    video=True,
     sensitive=(f"{_BLOCK}.attn1.to_out.0", f"{_BLOCK}.attn2.to_out.0"),
     # All blocks read one time projection, so none can divide its own shift and scale. Cross
     # attention to an image adds to that to the text: two averages, of which one must not move.

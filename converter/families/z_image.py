@@ -122,7 +122,7 @@ FAMILY = Family(
     ),
     hidden=f"all_x_embedder.{_PATCH}.weight",
     optional=("siglip_embedder", "siglip_refiner", "siglip_pad_token"),
-    blocks=(*_MODULATED, *_PLAIN),
+    blocks=("noise_refiner", "context_refiner", "siglip_refiner", "layers"),
     linears=(
         *(linear for block in _BLOCKS for linear in _linears(block)),
         Linear(f"{_FINAL}.adaLN_modulation.1", "final", splits=1),
@@ -141,5 +141,6 @@ FAMILY = Family(
         "vllm": _KEPT,
     },
     sensitive=tuple(f"{block}.attention.to_out.0" for block in _BLOCKS),
+    unguided=("turbo",),
     # No folds: norms have a scale without a shift, and linears have no bias.
 )
