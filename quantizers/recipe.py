@@ -35,6 +35,10 @@ from dqconvert.quantizers.tensors import (
 )
 
 
+FLAT = 0.01
+"""Share of its norm that a layer's output varies by at least, where errors are relative to that."""
+
+
 @dataclass(frozen=True, slots=True)
 class RecipeOptions:
     """What a user may change of a scheme.
@@ -141,7 +145,8 @@ def output_error(
     """||Y' - Y|| / ||Y - mean Y|| on the held rows, activations quantized as the runtime does.
 
     Constants count in the difference, not in the norm, so that a large one cannot hide an error,
-    nor does centering change its measure. Where no row could be held, the error that XᵀX predicts
+    nor does centering change its measure; where the output hardly varies, FLAT of its own norm is
+    the measure. Where no row could be held, the error that XᵀX predicts
     for the weight alone. reference: x Wᵀ of the held rows, where it is known already.
     """
     stats = problem.stats
@@ -159,7 +164,8 @@ def output_error(
         reference = x @ problem.weight.float().T
     exact = reference if problem.bias is None else reference + problem.bias.float()
     varying = reference - reference.mean(0) if len(reference) > 1 else reference
-    return _ratio((apply(q, x, activation) - exact).norm(), varying.norm())
+    measure = torch.maximum(varying.norm(), FLAT * reference.norm())
+    return _ratio((apply(q, x, activation) - exact).norm(), measure)
 
 
 def _smooth(problems: Sequence[LinearProblem], scheme: Scheme, options: RecipeOptions) -> Tensor:
