@@ -34,7 +34,10 @@ def inspect(path: Path) -> Inspection:
         raise SourceError(f"{path}: no such file or folder")
     inside = (path / "model_index.json").exists() or is_folder_of_one(path)
     weights = path / TRANSFORMER if inside else path
-    source = open_source(weights)
+    try:
+        source = open_source(weights)
+    except SourceError as error:
+        return _in_parts(path, error)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
     if recognize(source.infos, source.metadata, config):
@@ -57,13 +60,21 @@ def inspect(path: Path) -> Inspection:
     return Inspection(facts, dict(Counter(info.dtype for info in found.infos.values())))
 
 
+def _in_parts(path: Path, error: SourceError) -> Inspection:
+    """An output of several files, such as one for each block; the error where it is none."""
+    try:
+        return _quantized(path)
+    except SourceError:
+        raise error from None
+
+
 def _quantized(path: Path) -> Inspection:
     found = reopen(path)
     infos = found.source.infos
     facts = {
         "family": found.family.title,
         "target": found.target.NAME,
-        "scheme": str(found.recognized.scheme),
+        "scheme": found.recognized.scheme or "none for all layers",
         "files": ", ".join(file.name for file in found.source.files),
         "tensors": str(len(infos)),
         "size": _size(infos.values()),

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,7 @@ from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
 from dqconvert.quantizers import recipe
-from dqconvert.quantizers.errors import DQConvertError, SourceError
+from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.schemes import scheme, schemes
@@ -72,6 +74,11 @@ def verify(out: Path, against: str | None = None) -> Verdict:
         problems.append(f"{found.path.name}: not compared, since its scheme cannot be told")
     if reference:
         problems += reference.differences()
+        try:
+            reference.precondition()
+        except SourceError as error:
+            problems.append(str(error))
+            reference = None
     for layer in found.layers:
         report, wrong = _check(found, layer, reference)
         reports += [report] if report else []
@@ -83,12 +90,19 @@ def verify(out: Path, against: str | None = None) -> Verdict:
 
 
 def _scheme_of(found: Reopened) -> str | None:
-    """The scheme that the manifest names if the layers can be of it, else what they look like."""
+    """The scheme that the manifest names if the layers can be of it, else what they look like: of
+    several, that of most layers; None where some are of none.
+    """
     said = found.manifest.scheme
-    forms = found.recognized.forms.values()
-    fitting = said in schemes() and recognition.fits(found.target.NAME, str(said), forms)
-    mixed = found.recognized.scheme is None and said in schemes()
-    return said if fitting or mixed else found.recognized.scheme
+    target, forms = found.target.NAME, found.recognized.forms.values()
+    if said in schemes() and recognition.fits(target, str(said), forms):
+        return said
+    if found.recognized.scheme is not None:
+        return found.recognized.scheme
+    if said in schemes():
+        return said
+    each = Counter(recognition.scheme_for(target, [form]) for form in forms)
+    return None if None in each or not each else each.most_common(1)[0][0]
 
 
 def _check(
@@ -128,9 +142,7 @@ def _check_kept(found: Reopened, name: str, reference: _Reference | None) -> lis
 
 
 class _Reference:
-    """The model that a file was made from, preconditioned as the file says, under the plan that
-    should have made it.
-    """
+    """The model that a file was made from, under the plan that should have made it."""
 
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
@@ -138,18 +150,23 @@ class _Reference:
         self.source: CanonicalSource = open_canonical(open_source(model.path), model.path)
         identity = (model.name, config_of(model, self.source))
         options = _options(found, scheme_name)
-        self.plan: Plan = make_plan(
-            self.source, found.target, scheme(scheme_name), options, identity
-        )
+        plan = partial(make_plan, self.source, found.target, scheme(scheme_name))
+        try:
+            self.plan: Plan = plan(options, identity)
+        except PlanError:  # damage made layers look like some that the file cannot hold
+            self.plan = plan(replace(options, choices={}), identity)
         self._layers: Mapping[str, LayerPlan] = {
             layer.name: layer for layer in self.plan.layers if layer.form
         }
         self._stats = _cached_stats(found)
-        precondition = load(found)
-        if precondition is not None:
-            self.source = PreconditionedSource(self.source, precondition)
-            self._stats = PreconditionedStats(self._stats, precondition, found.family)
         self._said = found.manifest.errors
+
+    def precondition(self) -> None:
+        """Fold and center the model as the file says. SourceError where it says nothing sane."""
+        chosen = load(self._found)
+        if chosen is not None:
+            self.source = PreconditionedSource(self.source, chosen)
+            self._stats = PreconditionedStats(self._stats, chosen, self._found.family)
 
     def differences(self) -> Iterator[str]:
         """Tensors, metadata and config of the file that are not the promised ones."""
@@ -262,6 +279,8 @@ def _not_finite(q: QuantizedTensor) -> Iterator[str]:
             yield f"{name} holds NaN or infinity"
     if q.smooth is not None and bool((q.smooth == 0).any()):
         yield "smooth holds zeros, by which the runtime divides"
+    if q.input_scale is not None and not bool((q.input_scale > 0).all()):
+        yield "input scale is not positive"
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -81,10 +81,12 @@ class Gptq:
         return tensors | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """See formats/layouts."""
+        """See formats/layouts. ValueError on zero points where the form has none."""
         n, k = form.shape
         nibbles = unpack_nibbles(tensors["qweight"].t(), k)
         zeros = unpack_nibbles(tensors["qzeros"], n).t().contiguous() + self.offset
+        if not form.spec.zero_point and bool((zeros != MIDDLE).any()):
+            raise ValueError(f"qzeros: not {MIDDLE}, but the layer is said to be symmetric")
         return _result(form, nibbles, tensors["scales"].t().contiguous(), zeros, tensors)
 
 
@@ -127,8 +129,11 @@ class PackQuantized:
         return tensors | beside.pack_bias(form, q)
 
     def unpack(self, form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """See formats/layouts."""
+        """See formats/layouts. ValueError where weight_shape is not the form's."""
         n, k = form.shape
+        said = tensors.get("weight_shape")
+        if said is not None and said.tolist() != [n, k]:
+            raise ValueError(f"weight_shape: says {said.tolist()}, the tensors say {[n, k]}")
         zeros = None
         if form.spec.zero_point:
             zeros = unpack_nibbles(tensors["weight_zero_point"].t(), n).t().contiguous()
