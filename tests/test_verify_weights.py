@@ -42,6 +42,8 @@ def test_every_tensor_of_a_layer_counts(shop: Any, pair: Pair) -> None:
 def _inverted(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return ~tensor
+    if not tensor.any():
+        return torch.ones_like(tensor)
     if tensor.dtype == torch.float8_e8m0fnu:  # they have no sign
         return tensor.view(torch.uint8).flip(0).view(tensor.dtype)
     return (-tensor.float()).to(tensor.dtype)

@@ -70,7 +70,7 @@ class Workshop:
 
     def metadata(self, out: Path) -> dict[str, str]:
         with safe_open(self.file(out), "pt") as opened:
-            return dict(opened.metadata())
+            return dict(opened.metadata() or {})
 
     def damaged(
         self,
