@@ -145,6 +145,23 @@ def test_wrong_scales_of_a_variant_are_named(shop: Any, line: str) -> None:
         assert f"{layer.name}: weight error" in text or f"{layer.name}: its quantized" in text
 
 
+@pytest.mark.parametrize(
+    ("scheme", "other", "target"),
+    [
+        ("svdquant-w4a4", "svdquant-nvfp4", "nunchaku"),
+        ("svdquant-nvfp4", "svdquant-w4a4", "diffusers"),
+        ("fp8", "int8", "vllm"),
+        ("mxfp8", "fp8-block128", "sglang"),
+    ],
+)
+def test_what_verify_would_call_broken_is_not_written(
+    shop: Any, tmp_path: Path, scheme: str, other: str, target: str
+) -> None:
+    """A config that can name one format, and layers of two."""
+    words = (shop.model, "--scheme", scheme, "--target", target, "--override", f"single.*={other}")
+    assert "problem(s)" in checkpoints.refused(tmp_path, *words, "-o", tmp_path / "out")
+
+
 # ------------------------------------------------------------------------------------- other models
 
 
