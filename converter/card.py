@@ -53,8 +53,9 @@ def _front_matter(prepared: Prepared) -> list[str]:
         lines += ["license: other", f"license_name: {model.license}"]
     if plan.target.NAME == "diffusers":
         lines.append("library_name: diffusers")
+    task = prepared.source.family.task
     lines += [
-        "pipeline_tag: text-to-image",
+        *([f"pipeline_tag: {task}"] if task else []),
         f"tags: [dqconvert, {plan.scheme.name}, {plan.target.NAME}]",
         "---",
         "",

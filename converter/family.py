@@ -110,6 +110,7 @@ class Family:
     unread: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    task: str = "text-to-image"
     sensitive: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
     outside: tuple[Linear, ...] = ()

@@ -116,7 +116,7 @@ def _calibration(prepared: Prepared) -> dict[str, Any] | None:
     text = "\n".join(prompt.prompt for prompt in chosen)
     return {
         "file": prepared.job.calib.name if prepared.job.calib else None,
-        "pipeline": str(found.pipeline),
+        "pipeline": prepared.job.pipeline or prepared.job.model,
         "prompts": len(chosen),
         "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "key": found.key,

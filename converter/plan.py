@@ -74,6 +74,12 @@ class Plan:
         return list(found.values())
 
     @property
+    def folds(self) -> tuple[LayerPlan, ...]:
+        """The layers whose scheme folds by itself (AWQ)."""
+        found = (layer for layer in self.layers if layer.form)
+        return tuple(one for one in found if "fold" in (one.scheme or self.scheme).steps)
+
+    @property
     def files(self) -> dict[str, tuple[str, ...]]:
         """The files of weights inside the output, and the names of their tensors."""
         split = getattr(self.target, "files", None)  # of some targets only
@@ -242,7 +248,7 @@ class _Planner:
         form = replace(form, bias=bool(bias), bias_dtype=self._bias_dtype(bias))
         problem = self.target.problem(form)
         if problem:
-            self.problems.append(f"{name}: {problem}")
+            self.problems.append(f"{name}: {problem}{self._way_out}")
         spread = f"{first.shares}@{columns[0]}" if entry.columns else first.shares
         blocks = first.name.split(".{i}")[0]
         return LayerPlan(
@@ -261,6 +267,10 @@ class _Planner:
             carries_bias=columns[1] == infos[0].shape[1],
             scheme=scheme,
         )
+
+    @property
+    def _way_out(self) -> str:
+        return "; leave it out with --keep" if self.target.PARTIAL else ""
 
     def _scheme(self, modules: list[str]) -> tuple[Scheme, str]:
         """A layer's scheme and layout: the user's word, else what was chosen, else a sensitive

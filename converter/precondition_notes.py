@@ -48,16 +48,17 @@ def notes_of(outcomes: Sequence[Outcome], plan: Plan) -> Iterator[str]:
     """What the user should know: how much it brought, and what an AWQ scale had no place in."""
     chosen = [one for one in outcomes if one.transform is not None]
     if chosen:
+        what = "AWQ's scales folded into" if plan.folds else "preconditioned"
         yield (
-            f"preconditioned {len(chosen)} of {len(outcomes)} inputs ({gain(outcomes):.1f} dB of "
+            f"{what} {len(chosen)} of {len(outcomes)} inputs ({gain(outcomes):.1f} dB of "
             "their layers' output error, rounded to nearest): a LoRA of the original must be "
             "rewritten by `dqconvert rebase-lora`"
         )
     elif outcomes:
         yield f"none of {len(outcomes)} inputs gained by preconditioning; the weights are as given"
-    if "fold" in plan.scheme.steps:
+    if plan.folds:
         held = {module for one in outcomes for module in one.place.consumers}
-        left = [layer.name for layer in plan.layers if layer.form and not held & {*layer.modules}]
+        left = [layer.name for layer in plan.folds if not held & {*layer.modules}]
         if left:
             yield (
                 f"{len(left)} layers have nothing before them that could hold an AWQ scale and go "

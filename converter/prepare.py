@@ -52,6 +52,9 @@ class Prepared:
     def notes(self) -> tuple[str, ...]:
         """What the user should know of what was decided."""
         found = [*self.found, *_notes_without_calibration(self)]
+        whole = sum(form.full_precision for form in self.plan.context.layers.values())
+        if whole and self.calibration is not None:
+            found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
         if self.source.ignored:
@@ -95,6 +98,7 @@ def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
             "no --calib: no input_scale is written, so the runtime quantizes activations at "
             f"scale 1 and clips them at {scaled[0].spec.maximum:.0f}"
             + (f"; {whole} layers whose inputs pass that multiply in 16 bit" if whole else "")
+            + "; give prompts for static scales"
         )
 
 

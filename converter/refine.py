@@ -26,7 +26,7 @@ def refine(
     prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
 ) -> tuple[Prepared, Stats]:
     """The job as its statistics want it, and the statistics of the inputs as they will be."""
-    if prepared.job.precondition != "off" or "fold" in prepared.plan.scheme.steps:
+    if prepared.job.precondition != "off" or prepared.plan.folds:
         prepared, stats = _precondition(prepared, stats, listen)
     if prepared.plan.scheme.better:
         prepared = prepared.replan(_mix(prepared, stats, listen))

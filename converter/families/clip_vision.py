@@ -59,6 +59,7 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="clip_vision",
     title="CLIP image encoder",
+    task="",
     aliases={},
     licenses={},
     signature=(

@@ -65,6 +65,7 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="umt5",
     title="UMT5 encoder",
+    task="",
     aliases={},
     licenses={},
     signature=(

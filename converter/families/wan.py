@@ -116,6 +116,7 @@ _ALIASES = {
 FAMILY = Family(
     name="wan",
     title="Wan",
+    task="text-to-video",
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "apache-2.0"),
     signature=(
