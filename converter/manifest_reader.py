@@ -29,6 +29,7 @@ class Manifest:
     dialect: str = "diffusers"
     component: str = "transformer"
     keep: str | None = None
+    rounding: str | None = None
     calibration: str | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
     schemes: Mapping[str, str] = field(default_factory=dict)
@@ -57,6 +58,7 @@ def read_manifest(path: Path) -> Manifest:
             dialect=dialect,
             component=_of(_part(said, "source"), "component", str, "transformer"),
             keep=_of(options, "keep", str | None, None),
+            rounding=_of(options, "rounding", str | None, None),
             calibration=_of(_part(said, "calibration"), "key", str | None, None),
             errors={name: error for name, error in errors.items() if error is not None},
             schemes={name: scheme for name, scheme in own.items() if scheme in schemes()},
