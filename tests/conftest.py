@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import diffusers.quantizers.bfl.utils  # noqa: F401  (its tables must not be made while loading)
 import pytest
 
 
