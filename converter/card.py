@@ -23,7 +23,7 @@ def render(prepared: Prepared, report: Report) -> str:
         "",
         "| | |",
         "|---|---|",
-        f"| size | {plan.nbytes / 1e9:.2f} GB, from {plan.source_bytes / 1e9:.2f} GB |",
+        f"| size | {plan.nbytes / 1e6:,.1f} MB, from {plan.source_bytes / 1e6:,.1f} MB |",
         f"| quantized layers | {len(report.layers)} |",
         f"| mean weight error | {report.mean('weight_error') or 0:.4f} |",
     ]

@@ -142,7 +142,7 @@ def main() -> None:
     type=click.Choice(["off", "auto", "fold", "center"]),
     default="off",
     show_default=True,
-    help="Smooth inside the weights; needs --calib.",
+    help="Smooth inside the weights; needs --calib. AWQ folds in any case.",
 )
 @click.option(
     "--group-size", type=int, metavar="N", help="Of weight-only int4: 128 (default), 64 or 32."

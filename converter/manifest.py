@@ -56,6 +56,7 @@ def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[Pat
 def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]:
     """The manifest as plain data; without a report, what the plan alone says."""
     job, plan, source = prepared.job, prepared.plan, prepared.source
+    folded = "fold" if plan.folds and job.precondition == "off" else job.precondition
     found: dict[str, Any] = {
         "dqconvert": version("dqconvert"),
         "source": {
@@ -79,7 +80,7 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "group_size": job.group_size,
             "zero_points": job.zero_points,
             "settings": dict(job.settings),
-            "precondition": job.precondition,
+            "precondition": folded,  # AWQ folds in any case
         },
         "calibration": _calibration(prepared),
         "precondition": dict(report.precondition) if report else {},
