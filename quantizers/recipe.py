@@ -34,7 +34,6 @@ from dqconvert.quantizers.tensors import (
     QuantizedTensor,
 )
 
-
 FLAT = 0.01
 """Share of its norm that a layer's output varies by at least, where errors are relative to that."""
 

@@ -260,7 +260,7 @@ def test_nothing_is_kept_that_does_not_help(folder: Path, tmp_path: Path) -> Non
 
 def test_awq_folds_by_itself_and_says_what_it_left_out(folder: Path, tmp_path: Path) -> None:
     said = convert(folder, tmp_path / "out", "awq-w4a16", "--target", "comfyui")
-    assert said["options"]["precondition"] == "off"
+    assert said["options"]["precondition"] == "fold"
     assert set(said["precondition"].values()) == {"fold"}
     (note,) = (note for note in said["notes"] if "AWQ scale" in note)
     assert "double_blocks.0.img_mlp.2" in note and "img_attn.qkv" not in note
