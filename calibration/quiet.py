@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,21 @@ from dqconvert.calibration.require import require
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines below an error, from diffusers and transformers."""
+    """No progress bars, warnings or log lines below an error, from diffusers and transformers.
+
+    Nor from what these import, which speaks before anyone could ask it not to.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        with _voices_down():
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def _voices_down() -> Iterator[None]:
     voices = [require(name, "utils.logging") for name in ("diffusers", "transformers")]
     levels = [voice.get_verbosity() for voice in voices]
     bars = [getattr(voice, "_tqdm_active", True) for voice in voices]
