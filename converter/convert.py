@@ -111,12 +111,12 @@ def _groups(
     """Quantize and write all groups of the plan; yields the reports of each."""
     import torch
 
-    from dqconvert.converter.layers import Work, run_group
-    from dqconvert.quantizers.recipe import RecipeOptions
+    from dqconvert.converter.layers import run_group
+    from dqconvert.converter.work import Work, recipe_of
 
     plan, job = prepared.plan, prepared.job
-    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
-    shared = Work(plan, prepared.source, stats, options, files)
+    found = recipe_of(prepared, stats)
+    shared = Work(found.plan, found.source, found.stats, found.options, files)
     done = 0
 
     def work(group: list[LayerPlan]) -> tuple[int, list[LayerReport]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,37 +13,18 @@ from dqconvert.converter.canonical import CanonicalSource, compose
 from dqconvert.converter.family import fill, leaves
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
-from dqconvert.converter.streaming import Stream, stream_layer, streams
-from dqconvert.formats.fileset import FileSet
+from dqconvert.converter.streaming import stream_layer, streams
+from dqconvert.converter.work import Recipe, Stats, Work
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.tensors import (
     TORCH_DTYPES,
-    LayerStats,
     LinearProblem,
     QuantizedTensor,
 )
 
-Stats = Mapping[str, LayerStats]
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What quantizes all groups of a plan."""
-
-    plan: Plan
-    source: CanonicalSource
-    stats: Stats
-    options: RecipeOptions
-
-
-@dataclass(frozen=True, slots=True)
-class Work(Recipe):
-    """The same, and the files that they go to."""
-
-    files: FileSet
 
 
 def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
@@ -57,8 +38,7 @@ def run_group(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
         return []
     try:
         if all(streams(layer, work.plan, bool(work.stats)) for layer in group):
-            stream = Stream(work.plan, work.source, work.options, work.files)
-            return [stream_layer(one, _biases(one, work.source), stream) for one in group]
+            return [stream_layer(one, _biases(one, work.source), work) for one in group]
         return _together(group, work)
     except DataError:
         _blame(group, work.source)

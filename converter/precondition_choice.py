@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dqconvert.converter.layers import Recipe, problem_of
+from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan
 from dqconvert.converter.precondition import Place, Precondition, places, site_of
+from dqconvert.converter.work import Recipe
 from dqconvert.quantizers import precondition as exact
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.forward import apply

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from dqconvert.converter.job import LayerReport
-from dqconvert.converter.layers import Recipe
 from dqconvert.converter.plan import Plan
 from dqconvert.converter.precondition import places
 from dqconvert.converter.precondition_choice import Outcome, judge, readers_of
+from dqconvert.converter.work import Recipe
 
 ADVISED, WORTHWHILE = 2, 1.0
 """Inputs that advice looks at, and the dB from which it is given."""

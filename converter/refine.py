@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from dqconvert.converter.job import LayerReport, Progress
-from dqconvert.converter.layers import Recipe, Stats, problem_of
+from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats
 from dqconvert.converter.precondition_choice import choose, precondition_of
 from dqconvert.converter.precondition_notes import advice, notes_of
 from dqconvert.converter.prepare import Prepared
+from dqconvert.converter.work import Stats, recipe_of
 from dqconvert.quantizers import recipe, schemes
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.spec import Scheme
@@ -37,15 +38,13 @@ def _precondition(
     prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
 ) -> tuple[Prepared, Stats]:
     """The model folded and centered where that helps, and what is to be said of it."""
-    plan, job = prepared.plan, prepared.job
-    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
     outcomes = choose(
-        Recipe(plan, prepared.source, stats, options),
-        job.precondition,
+        recipe_of(prepared, stats),
+        prepared.job.precondition,
         lambda done, total: listen(Progress("precondition", done, total)),
     )
     found = precondition_of(outcomes)
-    notes = (*prepared.found, *notes_of(outcomes, plan))
+    notes = (*prepared.found, *notes_of(outcomes, prepared.plan))
     prepared = replace(prepared, found=notes, precondition=found)
     if found is None:
         return prepared, stats
@@ -56,11 +55,9 @@ def _precondition(
 
 def advised(prepared: Prepared, stats: Stats, reports: Sequence[LayerReport]) -> Iterator[str]:
     """What another run could do better: fold and center, where nobody asked for it."""
-    plan, job = prepared.plan, prepared.job
-    if not stats or job.precondition != "off" or "fold" in plan.scheme.steps:
+    if not stats or prepared.job.precondition != "off" or prepared.plan.folds:
         return
-    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth)
-    found = advice(Recipe(plan, prepared.source, stats, options), reports)
+    found = advice(recipe_of(prepared, stats), reports)
     if found is not None:
         yield found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,27 +18,16 @@ from torch import Tensor
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
-from dqconvert.formats.fileset import FileSet
+from dqconvert.converter.work import Work
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers import hadamard, recipe
 from dqconvert.quantizers.errors import DataError
-from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.spec import ALL, BLOCK, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import LinearProblem
 
 ALIGNMENT = 128
 """Rows of a block are a multiple of this: the tallest tile of scales, in any layout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """What the blocks of a layer share: the plan, where rows come from and where they go."""
-
-    plan: Plan
-    source: CanonicalSource
-    options: RecipeOptions
-    files: FileSet
 
 
 def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
@@ -55,7 +44,7 @@ def streams(layer: LayerPlan, plan: Plan, calibrated: bool) -> bool:
     )
 
 
-def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Stream) -> LayerReport:
+def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Work) -> LayerReport:
     """Quantize and write one layer; what its packed bytes give back is what is reported.
 
     bias: [N] or None. Raises DataError on NaN or infinity.

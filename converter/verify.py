@@ -21,13 +21,14 @@ import torch
 from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import LayerReport
-from dqconvert.converter.layers import Stats, problem_of
+from dqconvert.converter.layers import problem_of
 from dqconvert.converter.options import KEEP, PlanOptions
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
 from dqconvert.converter.statistics import cache, config_of
+from dqconvert.converter.work import Stats
 from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source

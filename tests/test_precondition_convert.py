@@ -22,11 +22,11 @@ from dqconvert.converter import precondition_choice as choice
 from dqconvert.converter import precondition_notes as notes
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
-from dqconvert.converter.layers import Recipe
 from dqconvert.converter.precondition import Place, Precondition, PreconditionedSource, places
 from dqconvert.converter.prepare import prepare
 from dqconvert.converter.reopen import reopen
 from dqconvert.converter.statistics import statistics
+from dqconvert.converter.work import Recipe
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.precondition import Transform
 from dqconvert.quantizers.recipe import RecipeOptions

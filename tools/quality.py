@@ -43,6 +43,7 @@ from dqconvert.converter.refine import refine
 from dqconvert.converter.reopen import PackedLayer
 from dqconvert.converter.resolve import embedded
 from dqconvert.converter.statistics import statistics
+from dqconvert.converter.work import Recipe, Stats
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.schemes import schemes
@@ -111,7 +112,7 @@ def layers_of(
 
     state: of the transformer, which gets the tensors that are kept.
     """
-    stats: layers.Stats = {}
+    stats: Stats = {}
     if prepared.calibration is not None and row.calibrated:
         stats = statistics(prepared.calibration, prepared.model, prepared.source, lambda _: None)
         prepared, stats = refine(prepared, stats, lambda _: None)
@@ -124,7 +125,7 @@ def layers_of(
     for group in plan.groups:
         if group[0].form is None:
             continue
-        work = layers.Recipe(plan, prepared.source, stats, options)
+        work = Recipe(plan, prepared.source, stats, options)
         group = [_changed(layer, row) for layer in group]
         for layer in group:
             _count(layer, losses, row)
@@ -149,7 +150,7 @@ def _changed(layer: LayerPlan, row: Row) -> LayerPlan:
 
 
 def _quantized(
-    group: list[LayerPlan], work: layers.Recipe, row: Row
+    group: list[LayerPlan], work: Recipe, row: Row
 ) -> Iterator[tuple[LayerPlan, layers.LinearProblem, QuantizedTensor]]:
     target = work.plan.target
     for layer, problem, q in layers.quantized_group(group, work):
