@@ -23,6 +23,16 @@ DTYPE_BITS = {
 }  # fmt: skip
 """Bits of each dtype, by the names that a safetensors header uses."""
 
+BLOCKS = {
+    "Q4_0": (32, 18), "Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "Q8_0": (32, 34),
+    "Q2_K": (256, 84), "Q3_K": (256, 110), "Q4_K": (256, 144), "Q5_K": (256, 176),
+    "Q6_K": (256, 210), "IQ4_NL": (32, 18), "IQ4_XS": (256, 136), "IQ3_S": (256, 110),
+    "IQ3_XXS": (256, 98), "IQ2_S": (256, 82), "IQ2_XS": (256, 74), "IQ2_XXS": (256, 66),
+    "IQ1_S": (256, 50), "IQ1_M": (256, 56), "TQ1_0": (256, 54), "TQ2_0": (256, 66),
+    "MXFP4": (32, 17),
+}  # fmt: skip
+"""ggml's block types: weights and bytes of a block, which lies within a row (ggml-common.h)."""
+
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -30,7 +40,7 @@ FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 class TensorInfo:
     """What a header says of a tensor.
 
-    dtype: a key of DTYPE_BITS; shape: extents, () for a scalar.
+    dtype: a key of DTYPE_BITS, or of BLOCKS; shape: extents, () for a scalar.
     """
 
     dtype: str
@@ -44,7 +54,18 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
+        if self.dtype in BLOCKS:
+            weights, size = BLOCKS[self.dtype]
+            return self.numel // weights * size
         return self.numel * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def stored(self) -> TensorInfo:
+        """What holds it in memory: rows of blocks as bytes [..., bytes], others as they are."""
+        if self.dtype not in BLOCKS:
+            return self
+        weights, size = BLOCKS[self.dtype]
+        return TensorInfo("U8", (*self.shape[:-1], self.shape[-1] // weights * size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +74,8 @@ class Code:
 
     Signed integers are symmetric, -maximum .. maximum; unsigned ones begin at 0. Floats follow
     the OCP formats: e4m3 gives its last code to NaN, e2m1 and e3m2 have no special values, e5m2 is
-    IEEE. levels: what the codes 0, 1, ... of a codebook stand for, in rising order.
+    IEEE. levels: what the codes 0, 1, ... of a codebook stand for, in rising order. block: weights
+    of a ggml block, which holds its scales itself: such codes are whole blocks, in bytes.
     """
 
     name: str
@@ -63,6 +85,7 @@ class Code:
     specials: int = 0
     signed: bool = True
     levels: tuple[float, ...] = ()
+    block: int = 0
 
     @property
     def is_float(self) -> bool:
@@ -108,6 +131,10 @@ CODES = {
         Code("lut4", bits=4, levels=LUT4_LEVELS),
         Code("e4m3", bits=8, exponent=4, mantissa=3, specials=1),
         Code("e5m2", bits=8, exponent=5, mantissa=2, specials=4),
+        *(
+            Code(dtype.lower(), bits=8 * size // weights, block=weights)
+            for dtype, (weights, size) in BLOCKS.items()
+        ),
     )
 }
 

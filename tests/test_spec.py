@@ -6,12 +6,13 @@ import dataclasses
 
 import pytest
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.schemes import schemes
-from dqconvert.quantizers.spec import ALL, CODES, DTYPE_BITS, STEPS, QuantSpec, TensorInfo
+from dqconvert.quantizers.spec import ALL, BLOCKS, CODES, DTYPE_BITS, STEPS, QuantSpec, TensorInfo
 from dqconvert.quantizers.tensors import DTYPE_NAMES, TORCH_DTYPES
 
 MAXIMA = {"int4": 7, "uint4": 15, "int8": 127, "e2m1": 6, "e3m2": 28, "e4m3": 448, "e5m2": 57344}
@@ -20,11 +21,20 @@ MAXIMA |= {"nf4": 1, "lut4": 0.980671}
 lawful = settings(derandomize=True, deadline=None, max_examples=50)
 
 
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", MAXIMA)
 def test_limits_follow_from_the_bits(name: str) -> None:
     assert CODES[name].maximum == MAXIMA[name]
     assert QuantSpec(name, (1, ALL)).maximum == MAXIMA[name]
     assert QuantSpec(name, (1, ALL)).bits == CODES[name].bits
+
+
+def test_block_types_are_those_of_ggml() -> None:
+    for dtype, (weights, size) in BLOCKS.items():
+        assert GGML_QUANT_SIZES[GGMLQuantizationType[dtype]] == (weights, size)
+        assert CODES[dtype.lower()].block == weights
+        assert TensorInfo(dtype, (3, 512)).nbytes == 3 * 512 // weights * size
+        assert TensorInfo(dtype, (3, 512)).stored.nbytes == TensorInfo(dtype, (3, 512)).nbytes
+    assert set(CODES) == MAXIMA.keys() | {dtype.lower() for dtype in BLOCKS}
 
 
 def test_limits_are_torchs() -> None:
