@@ -129,6 +129,7 @@ def main() -> None:
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N", help="Use N prompts.")
 @click.option("--size", type=Size(), help="Pictures to calibrate on; default: the model's own.")
 @click.option("--pipeline", metavar="MODEL", help="Text encoders for a lone transformer.")
+@click.option("--imatrix", type=PATH, metavar="FILE", help="llama.cpp's importance matrix.")
 @click.option("-o", "--output", type=PATH, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
 @click.option("--rank", type=int, metavar="N", help="Of the low-rank branch, a multiple of 16.")
 @click.option(
@@ -146,6 +147,9 @@ def main() -> None:
 )
 @click.option(
     "--group-size", type=int, metavar="N", help="Of weight-only int4: 128 (default), 64 or 32."
+)
+@click.option(
+    "--bits", type=click.FloatRange(1, 16), metavar="B", help="Of a weight, for gguf-auto: 4.5."
 )
 @click.option("--zero-points", is_flag=True, help="Weight-only int4 with zero points.")
 @click.option("--keep", metavar="REGEX", help="Linears to leave unquantized, by diffusers name.")

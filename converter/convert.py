@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from dqconvert.converter.job import LayerReport, Progress, Report
@@ -39,7 +40,7 @@ def convert(
 ) -> Iterator[LayerReport | Report]:
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
     _import_torch()
-    from dqconvert.converter import manifest, precondition
+    from dqconvert.converter import importance, manifest, precondition
     from dqconvert.converter.refine import advised, refine
     from dqconvert.converter.statistics import statistics
 
@@ -48,7 +49,10 @@ def convert(
     with OutputFolder(prepared.output, prepared.job.overwrite) as folder:
         if prepared.calibration is not None:
             stats = statistics(prepared.calibration, prepared.model, prepared.source, listen)
-            prepared, stats = refine(prepared, stats, listen)
+        elif prepared.job.imatrix is not None:
+            stats, unknown = importance.read(prepared.job.imatrix, prepared.plan)
+            prepared = replace(prepared, found=(*prepared.found, *_unknown(unknown)))
+        prepared, stats = refine(prepared, stats, listen)
         plan = prepared.plan
         layers: list[LayerReport] = []
         metadata = plan.target.metadata(plan.context)
@@ -76,6 +80,10 @@ def convert(
         )
         report = manifest.write(folder, prepared, report, files.digests)
     yield report
+
+
+def _unknown(count: int) -> list[str]:
+    return [f"{count} layers are not in the importance matrix: theirs is 1"] if count else []
 
 
 def _extras(plan: Plan) -> Mapping[str, Tensor]:

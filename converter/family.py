@@ -15,6 +15,7 @@ from typing import Any
 from dqconvert.quantizers.spec import TensorInfo
 
 LEAVES = ("weight", "bias")
+LAST = "last"
 Infos = Mapping[str, TensorInfo]
 
 
@@ -25,14 +26,16 @@ class Entry:
     ours: stacked on rows, in this order; all but the last have the model's hidden size. columns:
     the input channels start .. stop of a single canonical linear, "hidden" and None allowed; its
     bias goes to the entry that reaches the last column. swap: the two halves of the rows change
-    places. bias: whether the leaves of `.*` are weight and bias, or weight alone.
+    places, LAST: in the last block alone. bias: whether the leaves of `.*` are weight and bias,
+    or weight alone. frames: ours are joined along the third dimension, one frame each, instead.
     """
 
     theirs: str
     ours: tuple[str, ...]
     columns: tuple[int | str, int | str | None] | None = None
-    swap: bool = False
+    swap: bool | str = False
     bias: bool = True
+    frames: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,10 @@ class Family:
     """A model family, as data.
 
     title: for people; aliases: {short name: Hub id}. signature: canonical tensors that only this
-    family has together. hidden: canonical tensor whose rows are the hidden size. blocks: the module
-    lists of transformer blocks. optional: modules that some variants lack. prefixes: what
+    family has together; foreign: those that tell another family, which has all of the signature
+    as well. hidden: canonical tensor whose rows are the hidden size. blocks: the module lists of
+    transformer blocks. optional: modules that some variants lack; scattered: modules that some
+    blocks have and others lack; cut: modules that the last block lacks. prefixes: what
     all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
     that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the first
     lists every tensor, an empty one is the identity. unread: beginnings of names in such
@@ -88,7 +93,8 @@ class Family:
     layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
     mixed schemes keep at the better format without calibration. video: whether it makes videos.
-    unguided: in the names of models that are made to run without guidance. folds: where the model
+    unguided: in the names of models that are made to run without guidance. architecture: what GGUF
+    files call it, "" where no reader of them knows it. folds: where the model
     itself can hold a smooth vector and a center. outside: linears outside the blocks that some
     policy names.
     """
@@ -104,7 +110,10 @@ class Family:
     dialects: Mapping[str, tuple[Entry, ...]]
     config_of: Callable[[Infos], dict[str, Any]]
     facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+    foreign: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    scattered: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.diffusion_model.",)
     sources: tuple[str, ...] = ("original", "diffusers")
     unread: tuple[str, ...] = ()
@@ -116,6 +125,11 @@ class Family:
     outside: tuple[Linear, ...] = ()
     video: bool = False
     unguided: tuple[str, ...] = ()
+    architecture: str = ""
+
+    def dialect_of(self, target: str, dialect: str) -> str:
+        """The naming that a target writes: one of its own if the family has it, else its usual."""
+        return target if target in self.dialects else dialect
 
     def linear(self, name: str, outside: bool = False) -> tuple[Linear, str] | None:
         """The table row of a canonical linear and its block index, or None.
@@ -181,6 +195,7 @@ def leaves(entry: Entry) -> list[Entry]:
             entry.columns,
             entry.swap,
             entry.bias,
+            entry.frames,
         )
         for leaf in (LEAVES if entry.bias else LEAVES[:1])
     ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dqconvert.converter.canonical import open_canonical
 from dqconvert.converter.reopen import reopen
 from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
-from dqconvert.formats.source import open_source
+from dqconvert.formats.gguf_readers import readers
+from dqconvert.formats.gguf_source import GGUFSource
+from dqconvert.formats.source import Source, open_source
 from dqconvert.formats.targets import recognize
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
@@ -40,7 +43,7 @@ def inspect(path: Path) -> Inspection:
         return _in_parts(path, error)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
-    if recognize(source.infos, source.metadata, config):
+    if recognize(source.infos, source.metadata, config) or _is_blocks(source):
         return _quantized(path)
     found = open_canonical(source, weights)
     facts = {
@@ -68,8 +71,18 @@ def _in_parts(path: Path, error: SourceError) -> Inspection:
         raise error from None
 
 
+def _is_blocks(source: Source) -> bool:
+    """Whether the file is one whose blocks are decoded as they are read."""
+    return bool(getattr(source, "quantized", {}))
+
+
 def _quantized(path: Path) -> Inspection:
-    found = reopen(path)
+    try:
+        found = reopen(path)
+    except SourceError:
+        if path.suffix != ".gguf":
+            raise
+        return _stranger(path)
     infos = found.source.infos
     facts = {
         "family": found.family.title,
@@ -81,14 +94,31 @@ def _quantized(path: Path) -> Inspection:
     }
     if found.recognized.rank:
         facts["rank"] = str(found.recognized.rank)
-    facts |= {f"metadata {key}": _short(text) for key, text in found.source.metadata.items()}
+    metadata = found.source.metadata
+    facts |= _said(metadata)
     formats = Counter(
         f"{layer.form.spec.code} {'modulation' if layer.form.splits else 'linear'}"
         for layer in found.layers
     )
     formats["kept"] = len(found.kept)
+    if found.path.suffix == ".gguf":
+        facts |= {f"read by {name}": said for name, said in readers(infos, metadata).items()}
     problems = [*found.problems(), *(f"{name}: missing" for name in found.missing())]
     return Inspection(facts, dict(formats), tuple(problems))
+
+
+def _stranger(path: Path) -> Inspection:
+    """A GGUF file of a model that is not known: what its header says, and who can read it."""
+    source = GGUFSource((path,))
+    infos, metadata = source.infos, source.metadata
+    facts = {"family": "not known", "files": path.name, "tensors": str(len(infos))}
+    facts |= {"size": _size(infos.values()), **_said(metadata)}
+    facts |= {f"read by {name}": said for name, said in readers(infos, metadata).items()}
+    return Inspection(facts, dict(Counter(info.dtype for info in infos.values())))
+
+
+def _said(metadata: Mapping[str, Any]) -> dict[str, str]:
+    return {f"metadata {key}": _short(str(value)) for key, value in metadata.items()}
 
 
 def _size(infos: Iterable[TensorInfo]) -> str:

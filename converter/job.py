@@ -20,6 +20,8 @@ class Job:
     calib_steps: int | None = None
     calib_samples: int | None = None
     size: tuple[int, int] | None = None
+    imatrix: Path | None = None
+    bits: float | None = None
     pipeline: str | None = None
     output: Path | None = None
     rank: int | None = None

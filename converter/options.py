@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.formats.targets import Target
@@ -25,7 +26,9 @@ class PlanOptions:
     smooth: as typed, refused where the scheme has no smoothing; layout: one of the target's,
     None for its default; group_size, zero_points: of weight-only int4; choices: {canonical
     linear: scheme, or KEEP} where some differ from the rest; overrides: (regular expression over
-    canonical linears, scheme), the first match wins; settings: what is said of the target alone.
+    canonical linears, scheme), the first match wins; settings: what is said of the target alone;
+    provenance: where the model comes from, by the keys that GGUF files have for it; bits: of a
+    weight on average, where each layer gets a scheme of a menu.
     """
 
     rank: int | None = None
@@ -38,6 +41,8 @@ class PlanOptions:
     choices: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[tuple[str, str], ...] = ()
     settings: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    bits: float | None = None
 
 
 def customised(
@@ -45,7 +50,7 @@ def customised(
 ) -> tuple[Scheme, str]:
     """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
     problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
-    if target.DIALECT not in source.family.dialects:
+    if source.family.dialect_of(target.NAME, target.DIALECT) not in source.family.dialects:
         problems.append(f"target {target.NAME} does not run {source.family.title}")
     if problems:
         raise PlanError(problems)
@@ -110,13 +115,7 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
             re.compile(pattern)
         except re.error as error:
             problems.append(f"{word} {pattern}: not a regular expression ({error})")
-    grouped = scheme.activation is None and scheme.weight.code == "int4"
-    if options.group_size is not None and not grouped:
-        problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
-    elif options.group_size not in (None, 32, 64, 128):
-        problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
-    if options.zero_points and not grouped:
-        problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
+    problems += _size_problems(scheme, options)
     wanted = [scheme, *(schemes.scheme(name) for _, name in options.overrides)]
     if not options.calibrated:
         problems += [
@@ -124,4 +123,18 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
             for one in wanted
             if one.calibrated
         ]
+    return problems
+
+
+def _size_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
+    problems = []
+    grouped = scheme.activation is None and scheme.weight.code == "int4"
+    if options.group_size is not None and not grouped:
+        problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
+    elif options.group_size not in (None, 32, 64, 128):
+        problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
+    if options.bits is not None and not scheme.menu:
+        problems.append(f"--bits: scheme {scheme.name} has a size of its own")
+    if options.zero_points and not grouped:
+        problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
     return problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +16,7 @@ from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
-from dqconvert.quantizers.spec import ALL, Scheme, TensorInfo
+from dqconvert.quantizers.spec import ALL, Mix, Scheme, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,12 @@ def make_plan(
     """
     scheme, layout = customised(target, scheme, options, source)
     planner = _Planner(source, target, scheme, options, layout)
+    family = source.family
+    dialect = family.dialect_of(target.NAME, target.DIALECT)
     layers = tuple(
         planner.layer(entry, index)
         for entry, index in entries_of(
-            source.family, target.DIALECT, source.infos, outside=layout in source.family.policies
+            family, dialect, source.infos, outside=layout in family.policies
         )
     )
     if not planner.matched:
@@ -131,7 +134,7 @@ def make_plan(
         rank=planner.rank,
         config=config,
         layers={layer.name: layer.form for layer in layers if layer.form},
-        facts=source.family.facts(target.DIALECT, config),
+        facts={"architecture": family.architecture, **family.facts(dialect, config)},
         kept=tuple(
             name.removesuffix(".weight")
             for layer in layers
@@ -142,6 +145,7 @@ def make_plan(
         layout=layout,
         settings=options.settings,
         names=tuple(outputs),
+        provenance=options.provenance,
     )
     extras = getattr(target, "extras", None)  # of some targets only
     if extras:
@@ -187,6 +191,7 @@ class _Planner:
             self.rank = scheme.rank if options.rank is None else options.rank
         self.problems: list[str] = []
         self.matched = options.keep is None
+        self.mixed: Counter[Mix] = Counter()
         self.unmatched = {pattern for pattern, _ in options.overrides}
 
     def layer(self, entry: Entry, index: str) -> LayerPlan:
@@ -221,8 +226,10 @@ class _Planner:
             if names[0] not in self.source.infos:
                 continue  # a linear without a bias
             info = composed_info(leaf, [self.source.infos[name] for name in names])
-            dtype = self.target.KEEP_DTYPE or info.dtype
-            outputs[fill(leaf.theirs, index)] = replace(info, dtype=dtype)
+            theirs = fill(leaf.theirs, index)
+            choose = getattr(self.target, "kept", None)  # of some targets only
+            dtype = choose(theirs, info) if choose else self.target.KEEP_DTYPE or info.dtype
+            outputs[theirs] = replace(info, dtype=dtype)
             sources += names
         if reason == "--keep" and not self.target.PARTIAL:
             self.problems.append(
@@ -243,8 +250,12 @@ class _Planner:
         columns = self._columns(entry, infos[0].shape[1])
         bias = [f"{m}.bias" for m in modules if f"{m}.bias" in self.source.infos]
         name = fill(entry.theirs, index).removesuffix(".*")
-        scheme, layout = self._scheme(modules)
+        scheme, layout = self._scheme(modules, name)
         form = self._form((first, treatment), infos, columns, (scheme, layout))
+        fitting = getattr(self.target, "fitting", None)  # of some targets only
+        if fitting is not None:
+            form = replace(form, spec=fitting(form.spec, form.shape))
+            scheme = replace(scheme, weight=form.spec)
         form = replace(form, bias=bool(bias), bias_dtype=self._bias_dtype(bias))
         problem = self.target.problem(form)
         if problem:
@@ -272,9 +283,10 @@ class _Planner:
     def _way_out(self) -> str:
         return "; leave it out with --keep" if self.target.PARTIAL else ""
 
-    def _scheme(self, modules: list[str]) -> tuple[Scheme, str]:
+    def _scheme(self, modules: list[str], theirs: str) -> tuple[Scheme, str]:
         """A layer's scheme and layout: the user's word, else what was chosen, else a sensitive
-        one's."""
+        one's, else what its name in the file decides."""
+        mixed = self._mixed(f"{theirs}.weight")
         choices, name = self.options.choices, ""
         for pattern, other in self.options.overrides:
             if not name and any(re.search(pattern, module) for module in modules):
@@ -286,12 +298,27 @@ class _Planner:
             patterns = self.source.family.sensitive
             if all(any(match(p, module) is not None for p in patterns) for module in modules):
                 name = self.scheme.better
+        name = name or mixed
         if name in ("", self.scheme.name):
             return self.scheme, self.layout
         chosen = schemes.scheme(name)
         layouts = self.target.layouts(chosen)
         layout = self.layout if self.layout in layouts else layouts[0]
         return self.target.adapt(chosen, layout), layout
+
+    def _mixed(self, name: str) -> str:
+        """What a scheme's mixes give to a weight, by its name in the file; "" for nothing.
+
+        Layers that others have a say in are counted as well.
+        """
+        group = [m for m in self.scheme.mixes if any(part in name for part in m.parts)]
+        for mix in group:
+            if mix.parts != group[0].parts:
+                break
+            if mix.first is None or self.mixed[mix] < mix.first:
+                self.mixed[mix] += 1
+                return mix.scheme
+        return ""
 
     def _form(
         self,

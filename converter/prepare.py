@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
@@ -45,8 +45,9 @@ class Prepared:
     @property
     def rounding(self) -> str:
         """The rounding that runs: GPTQ needs activations."""
-        rounding = self.job.rounding or self.plan.scheme.rounding
-        return "rtn" if rounding == "gptq" and self.calibration is None else rounding
+        if self.calibration is None:
+            return self.job.rounding or self.plan.scheme.data_free
+        return self.job.rounding or self.plan.scheme.rounding
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -57,9 +58,18 @@ class Prepared:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
+        if self.quantized:
+            types = ", ".join(f"{count} {dtype}" for dtype, count in self.quantized.items())
+            found.append(f"made from quantized weights ({types}): what they lost stays lost")
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
+
+    @property
+    def quantized(self) -> Mapping[str, int]:
+        """Tensors of the source, by type, that were decoded from blocks."""
+        found: Mapping[str, int] = getattr(self.source.source, "quantized", {})
+        return found
 
     def replan(self, choices: Mapping[str, str]) -> Prepared:
         """The same job with these schemes for these canonical linears."""
@@ -113,7 +123,7 @@ def prepare(job: Job) -> Prepared:
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
     raw = open_source(model.path)
     already = recognize(raw.infos, raw.metadata, model.config or {})
-    if already:
+    if already and already[0].NAME != "gguf":  # whose blocks are decoded as they are read
         raise SourceError(
             f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
         )
@@ -129,11 +139,13 @@ def prepare(job: Job) -> Prepared:
         zero_points=job.zero_points,
         overrides=job.overrides,
         settings=job.settings,
+        provenance=_provenance(model),
+        bits=job.bits,
     )
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
-    _check_apart(output, [*raw.files, *([job.calib] if job.calib else [])])
+    _check_apart(output, [*raw.files, *(one for one in (job.calib, job.imatrix) if one)])
     return Prepared(job, model, source, plan, calibration, output, options)
 
 
@@ -145,6 +157,8 @@ def _learns(job: Job, chosen: Scheme) -> str:
 
 def _check_words(job: Job) -> None:
     """Options that only mean something with prompts are refused without them."""
+    if job.imatrix is not None:
+        _check_imatrix(job)
     if job.calib is not None:
         if job.component not in (TRANSFORMER, SECOND):
             raise PlanError([f"--calib: observes the transformer, not --component {job.component}"])
@@ -163,6 +177,33 @@ def _check_words(job: Job) -> None:
     ]
     if problems:
         raise PlanError(problems)
+
+
+def _check_imatrix(job: Job) -> None:
+    """An importance matrix stands in the place of calibration."""
+    problems = []
+    if job.calib is not None:
+        problems.append("--imatrix and --calib: give one; both say what the inputs are")
+    if job.rounding == "rtn":
+        problems.append("--rounding rtn takes no notice of --imatrix; leave one out")
+    if problems:
+        raise PlanError(problems)
+
+
+def _provenance(model: Model) -> dict[str, Any]:
+    """Where a model comes from, by the keys that GGUF files have for it."""
+    said: dict[str, Any] = {"general.name": model.name, "general.quantized_by": "dqconvert"}
+    if model.license:
+        said["general.license"] = model.license
+    if model.origin:
+        owner, _, name = model.origin.partition("/")
+        said |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.name": name,
+            "general.base_model.0.organization": owner,
+            "general.base_model.0.repo_url": f"https://huggingface.co/{model.origin}",
+        }
+    return said
 
 
 def _check_apart(output: Path, inputs: Sequence[Path]) -> None:

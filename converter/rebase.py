@@ -125,7 +125,7 @@ def rebased(
             problems.append(f"{delta.base}: its shapes do not fit the model ({error})")
     if problems:
         raise PlanError(problems)
-    if found.target.DIALECT in PEFT and any(new.grown is not None for _, new in moved):
+    if found.dialect in PEFT and any(new.grown is not None for _, new in moved):
         for delta, new in moved:
             rest.update(_peft(delta, new))
         return rest
@@ -217,7 +217,7 @@ def _peft(delta: Delta, new: Moved) -> Iterator[tuple[str, Tensor]]:
 def _differences(grown: Mapping[str, Tensor], found: Reopened) -> Iterator[tuple[str, Tensor]]:
     """`X.diff_b` in the runtime's own names, of all linears that are stacked there."""
     infos = _infos(found)
-    for entry, index in entries_of(found.family, found.target.DIALECT, infos):
+    for entry, index in entries_of(found.family, found.dialect, infos):
         parts = [fill(ours, index).removesuffix(".*") for ours in entry.ours]
         if not any(part in grown for part in parts):
             continue

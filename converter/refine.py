@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from dqconvert.converter.allotment import allot
 from dqconvert.converter.job import LayerReport, Progress
 from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan, Plan
@@ -27,6 +28,10 @@ def refine(
     prepared: Prepared, stats: Stats, listen: Callable[[Progress], None]
 ) -> tuple[Prepared, Stats]:
     """The job as its statistics want it, and the statistics of the inputs as they will be."""
+    if prepared.plan.scheme.menu:
+        prepared = prepared.replan(allot(prepared, stats, listen))
+    if prepared.calibration is None:
+        return prepared, stats
     if prepared.job.precondition != "off" or prepared.plan.folds:
         prepared, stats = _precondition(prepared, stats, listen)
     if prepared.plan.scheme.better:
@@ -55,7 +60,7 @@ def _precondition(
 
 def advised(prepared: Prepared, stats: Stats, reports: Sequence[LayerReport]) -> Iterator[str]:
     """What another run could do better: fold and center, where nobody asked for it."""
-    if not stats or prepared.job.precondition != "off" or prepared.plan.folds:
+    if prepared.calibration is None or prepared.job.precondition != "off" or prepared.plan.folds:
         return
     found = advice(recipe_of(prepared, stats), reports)
     if found is not None:

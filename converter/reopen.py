@@ -27,6 +27,7 @@ from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.folder import MANIFEST
 from dqconvert.formats.form import PackedForm
+from dqconvert.formats.gguf_source import GGUFSource
 from dqconvert.formats.source import SafetensorsSource
 from dqconvert.formats.targets import Recognized, Target, recognize, targets
 from dqconvert.quantizers.errors import SourceError
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dqconvert.quantizers.tensors import QuantizedTensor
+
+
+RawSource = SafetensorsSource | GGUFSource
+ENDINGS = (".safetensors", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +66,32 @@ class Reopened:
 
     def __init__(
         self,
-        source: SafetensorsSource,
+        source: RawSource,
         target: Target,
         recognized: Recognized,
         family: Family,
         config: Mapping[str, Any],
     ) -> None:
         self.source, self.target = source, target
-        self.recognized, self.family = recognized, family
+        self.family = family
+        forms = {name: f for name, f in recognized.forms.items() if self._is_linear(name, f)}
+        self.recognized = replace(recognized, forms=forms)
         self.config = config
         self.path = source.files[0]
         self.root = self.path.parent
         if target.FOLDER and self.root.name == target.FOLDER:
             self.root = self.root.parent
         self.manifest = read_manifest(self.root / MANIFEST)
+
+    @property
+    def dialect(self) -> str:
+        """The naming that the target writes this family in."""
+        return self.family.dialect_of(self.target.NAME, self.target.DIALECT)
+
+    @property
+    def table(self) -> tuple[Entry, ...]:
+        """The family's names in that naming."""
+        return self.family.dialects[self.dialect]
 
     @cached_property
     def layers(self) -> tuple[PackedLayer, ...]:
@@ -86,7 +103,7 @@ class Reopened:
         """Unquantized canonical tensors: the name in the file and the row of the table."""
         packed = self.recognized.forms.keys()
         table: dict[str, list[Entry]] = {}
-        for entry in self.family.dialects[self.target.DIALECT]:
+        for entry in self.table:
             for leaf in leaves(entry):
                 table.setdefault(leaf.theirs, []).append(leaf)
         found: dict[str, tuple[str, Entry]] = {}
@@ -120,7 +137,7 @@ class Reopened:
 
     def likeness(self) -> float:
         """The share of the family's signature that the file holds."""
-        table = self.family.dialects[self.target.DIALECT]
+        table = self.table
         rows = [_row(table, name) for name in self.recognized.forms]
         packed = {
             fill(ours, index).replace("*", "weight") for entry, index in rows for ours in entry.ours
@@ -172,8 +189,15 @@ class Reopened:
             raise SourceError(f"{theirs}: found {list(shape)}, too few rows to hold {name}")
         return self.source.read(theirs, (start, stop))
 
+    def _is_linear(self, name: str, form: PackedForm) -> bool:
+        """Whether a layer that is 16 bit, as some that are kept are too, is a linear of a block."""
+        if form.spec.bits < 16:
+            return True
+        entry, index = _row(self.table, name)
+        return self.family.linear(fill(entry.ours[0], index).removesuffix(".*")) is not None
+
     def _layers(self) -> Iterator[PackedLayer]:
-        table = self.family.dialects[self.target.DIALECT]
+        table = self.table
         for name, form in self.recognized.forms.items():
             entry, index = _row(table, name)
             module = fill(entry.ours[0], index).removesuffix(".*")
@@ -200,13 +224,13 @@ def reopen(path: Path) -> Reopened:
     known_families = [
         Reopened(source, target, recognized, family, config)
         for family in families().values()
-        if target.DIALECT in family.dialects
+        if family.dialect_of(target.NAME, target.DIALECT) in family.dialects
     ]
     best = max(known_families, key=Reopened.likeness)
     if best.family.hidden in best.kept and best.layers:
         return best
     if best.layers and best.likeness() > 0.5:
-        table = best.family.dialects[target.DIALECT]
+        table = best.table
         rows = [leaf for entry in table for leaf in leaves(entry)]
         theirs = [row.theirs for row in rows if row.ours == (best.family.hidden,)]
         raise SourceError(f"{path}: {(*theirs, best.family.hidden)[0]}: missing from the file")
@@ -227,21 +251,22 @@ def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
     return Entry(f"{name}.*", (f"{name}.*",)), ""
 
 
-def _source(path: Path) -> tuple[SafetensorsSource, Mapping[str, Any]]:
+def _source(path: Path) -> tuple[RawSource, Mapping[str, Any]]:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     places = (
         path,
         *(path / name for name in sorted({t.FOLDER for t in targets().values()} - {""})),
     )
-    found = (tuple(sorted(place.glob("*.safetensors"))) for place in places)
+    found = (tuple(sorted(place.glob(f"*{end}"))) for end in ENDINGS for place in places)
     files = (path,) if path.is_file() else next((some for some in found if some), ())
     if not files:
-        raise SourceError(f"{path}: holds no .safetensors file")
+        raise SourceError(f"{path}: holds no {' or '.join(ENDINGS)} file")
     config = files[0].parent / "config.json"
-    source = SafetensorsSource(files)
+    kind = GGUFSource if files[0].suffix == ".gguf" else SafetensorsSource
+    source: RawSource = kind(files)
     prefixes = [prefix for family in families().values() for prefix in family.prefixes]
     for prefix in dict.fromkeys(prefixes):
         if any(name.startswith(prefix) for name in source.infos):
-            source = SafetensorsSource(files, prefix)
+            source = kind(files, prefix)
     return source, read_json(config) if config.exists() else {}

@@ -32,6 +32,7 @@ from dqconvert.converter.work import Stats
 from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
+from dqconvert.formats.targets import Target
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
@@ -40,10 +41,10 @@ from dqconvert.quantizers.schemes import scheme, schemes
 from dqconvert.quantizers.spec import CODES, FLOAT_DTYPES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
 
-LIMITS = {4: 0.6, 6: 0.3, 8: 0.15}
+LIMITS = {1: 0.97, 2: 0.97, 3: 0.7, 4: 0.6, 5: 0.4, 6: 0.3, 8: 0.15, 16: 0.02}
 """Weight errors, by bits, that no honest quantization reaches but a wrong layout does."""
 
-SLACK = {4: 0.04, 6: 0.03, 8: 0.02}
+SLACK = {1: 0.2, 2: 0.2, 3: 0.1, 4: 0.04, 5: 0.03, 6: 0.03, 8: 0.02, 16: 0.01}
 """How far from 1, by bits, the size of an honest layer's quantized weights may be.
 
 Layers of flux-digits, of every scheme, with and without calibration, are off by 0.007 and 0.002
@@ -185,6 +186,8 @@ class _Reference:
         yield from (f"{name}: unexpected" for name in infos if name not in self.plan.outputs)
         target, metadata = self.plan.target, self._found.source.metadata
         for key, promised_text in target.metadata(self.plan.context).items():
+            if _is_provenance(key, target):
+                continue
             if key not in metadata:
                 yield f"metadata {key}: missing"
                 continue
@@ -240,6 +243,14 @@ class _Reference:
         return [] if torch.equal(original, tensor) else [f"{name}: differs from the model's"]
 
 
+def _is_provenance(key: str, target: Target) -> bool:
+    """Whether metadata only says who made a file of what."""
+    beginning: str = getattr(target, "PROVENANCE", "")  # of some targets only
+    if not beginning or not key.startswith(beginning):
+        return False
+    return key not in getattr(target, "KEYS", ())
+
+
 def _options(found: Reopened, name: str) -> PlanOptions:
     """The options that a file of that scheme was written with, as its manifest and layers say."""
     forms = list(found.recognized.forms.values())
@@ -247,7 +258,8 @@ def _options(found: Reopened, name: str) -> PlanOptions:
     choices: dict[str, str] = {}
     for layer in found.layers:
         own = found.manifest.schemes.get(layer.name) or name
-        if main.better or not recognition.fits(target, own, [layer.form]):
+        mixed = main.better or main.mixes or main.menu
+        if mixed or not recognition.fits(target, own, [layer.form]):
             own = recognition.scheme_for(target, [layer.form]) or own
         if own != name:
             choices |= dict.fromkeys(layer.modules, own)

@@ -38,6 +38,7 @@ def scheme_for(target: str, forms: Collection[PackedForm]) -> str | None:
     Where several write the same bytes (GPTQ and AWQ), the first by name.
     """
     names = [name for name, scheme in schemes().items() if target in scheme.targets]
+    names = [name for name in names if not schemes()[name].menu]
     plain = [name for name in names if not schemes()[name].better]
     mixed = [name for name in names if schemes()[name].better]
     found = (name for name in (*plain, *mixed) if forms and fits(target, name, forms))
@@ -49,7 +50,8 @@ def fits(target: str, name: str, forms: Iterable[PackedForm]) -> bool:
     from dqconvert.formats.targets import target as target_of
 
     runtime, scheme = target_of(target), schemes()[name]
-    allowed = [scheme, *([schemes()[scheme.better]] if scheme.better else [])]
+    others = [*([scheme.better] if scheme.better else []), *(m.scheme for m in scheme.mixes)]
+    allowed = [scheme, *(schemes()[other] for other in (*others, *scheme.menu))]
     if any(runtime.accepts(one) for one in allowed):
         return False
     adapted = [

@@ -20,6 +20,8 @@ DTYPES = {
     "lut4": torch.uint8,
     "e4m3": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
 }
 
 

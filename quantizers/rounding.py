@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers import gptq, mse, rtn
+from dqconvert.quantizers.ggml import blocks
+from dqconvert.quantizers.ggml.blocks import NEEDS_IMPORTANCE, is_block
 from dqconvert.quantizers.hadamard import rotate
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import LayerStats, LinearProblem, QuantizedTensor
@@ -110,8 +112,13 @@ def offer(
     GPTQ takes over the scales that did better.
     """
     spec, parts, ceiling = aim.spec, problem.parts, problem.ceiling
+    if is_block(spec.code):
+        _offer_blocks(weight, aim, inputs, consider)
+        return
     plain = rtn.quantize(weight, spec, parts, ceiling)
     consider(plain)
+    if spec.bits >= 16:
+        return
     known = inputs if inputs is not None and inputs.moment is not None else None
     clips, learns = aim.clip and known is not None, aim.rounding == "gptq" and known is not None
     if not (clips or learns or aim.rounding == "mse"):
@@ -130,6 +137,26 @@ def offer(
     if aim.weight_only:
         order, upper = known.loudest
         consider(gptq.quantize(weight, upper, fitted, order=order))
+
+
+def _offer_blocks(
+    weight: Tensor, aim: Aim, inputs: Inputs | None, consider: Callable[[QuantizedTensor], bool]
+) -> None:
+    """The same for ggml's types, whose scales are found by least squares of one or another kind.
+
+    rtn: as without an importance matrix; mse: with ones, and with the mean squares of the inputs
+    where they are known.
+    """
+    metric = None if inputs is None else inputs.mean_square
+    if aim.rounding == "rtn":
+        needed = metric if aim.spec.code in NEEDS_IMPORTANCE else None
+        consider(blocks.result(weight, aim.spec, needed))
+        return
+    best = blocks.result(weight, aim.spec, torch.ones(weight.shape[1]))
+    consider(best)
+    if metric is not None:
+        learned = blocks.result(weight, aim.spec, metric)
+        best = learned if consider(learned) else best
 
 
 def _mse_refit(start: QuantizedTensor, mean_square: Tensor) -> gptq.Refit | None:

@@ -18,6 +18,8 @@ from torch import Tensor
 from dqconvert.quantizers import lut
 from dqconvert.quantizers.codes import decode, dtype_of, round_to
 from dqconvert.quantizers.errors import DataError
+from dqconvert.quantizers.ggml import blocks
+from dqconvert.quantizers.ggml.blocks import is_block
 from dqconvert.quantizers.spec import ALL, QuantSpec
 from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 
@@ -34,6 +36,8 @@ def quantize(
     """
     if spec.code == "lut4":
         return lut.quantize(weight, spec)
+    if is_block(spec.code):
+        return blocks.result(weight, spec)
     amax = absmax(weight, spec, ceiling)
     second = tensor_scales(amax, spec, parts, ceiling)
     if spec.zero_point:
@@ -49,6 +53,8 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     """The weight that the codes and scales stand for: [N, K] fp32, in the basis of the codes."""
     if q.spec.code == "lut4":
         return lut.dequantize(q)
+    if is_block(q.spec.code):
+        return blocks.dequantize(q.codes, q.spec.code)
     tiles = tiled(decode(q.codes, q.spec.code), q.spec)
     if q.zero is not None:
         tiles = tiles.sub_(_spread(q.zero.float()))

@@ -131,6 +131,8 @@ CODES = {
         Code("lut4", bits=4, levels=LUT4_LEVELS),
         Code("e4m3", bits=8, exponent=4, mantissa=3, specials=1),
         Code("e5m2", bits=8, exponent=5, mantissa=2, specials=4),
+        Code("f16", bits=16, exponent=5, mantissa=10, specials=1024),
+        Code("bf16", bits=16, exponent=8, mantissa=7, specials=128),
         *(
             Code(dtype.lower(), bits=8 * size // weights, block=weights)
             for dtype, (weights, size) in BLOCKS.items()
@@ -202,6 +204,19 @@ class QuantSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Mix:
+    """Layers to which a scheme gives another one.
+
+    parts: of the layer's weight's name in the file, any of which makes it one of them; scheme:
+    its name; first: so many of them, in the file's order, None for all.
+    """
+
+    parts: tuple[str, ...]
+    scheme: str
+    first: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Scheme:
     """A named recipe.
 
@@ -213,7 +228,9 @@ class Scheme:
     group of channels that a regular Hadamard matrix rotates. rounding: the default where
     calibration statistics exist. shared: linears that read one input share tensor-wide scales.
     better, share: the scheme that the most sensitive layers get instead, and their share of all
-    weights. calibrated: makes no sense without activations.
+    weights. calibrated: makes no sense without activations. data_free: the rounding where nothing
+    is known of the inputs. mixes: the first that a layer's name fits decides. menu: schemes of
+    which each layer gets one, so that they err least in all at a given size.
     """
 
     name: str
@@ -230,6 +247,9 @@ class Scheme:
     better: str | None = None
     share: float = 0.0
     calibrated: bool = False
+    data_free: str = "rtn"
+    mixes: tuple[Mix, ...] = ()
+    menu: tuple[str, ...] = ()
 
 
 STEPS = ("fold", "rotate", "smooth", "lowrank", "clip")

@@ -240,6 +240,7 @@ FAMILY = Family(
         "flux1-fill-dev": "flux-1-dev-non-commercial-license",
         "flux1-krea-dev": "flux-1-dev-non-commercial-license",
     },
+    architecture="flux",
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

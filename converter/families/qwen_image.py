@@ -105,6 +105,7 @@ FAMILY = Family(
         ),
         "apache-2.0",
     ),
+    architecture="qwen_image",
     signature=(
         "img_in.weight",
         "txt_in.weight",

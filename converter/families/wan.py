@@ -119,6 +119,7 @@ FAMILY = Family(
     task="text-to-video",
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "apache-2.0"),
+    architecture="wan",
     signature=(
         "patch_embedding.weight",
         "condition_embedder.time_proj.weight",

@@ -101,6 +101,9 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _KEPT = {"modulation": None}
+_REFINERS = dict.fromkeys(
+    linear.name for block in _BLOCKS if "refiner" in block for linear in _linears(block)
+)
 
 FAMILY = Family(
     name="z_image",
@@ -110,6 +113,7 @@ FAMILY = Family(
         "z-image": "Tongyi-MAI/Z-Image",
     },
     licenses={"z-image-turbo": "apache-2.0", "z-image": "apache-2.0"},
+    architecture="lumina2",
     signature=(
         f"all_x_embedder.{_PATCH}.weight",
         f"{_FINAL}.linear.weight",
@@ -136,6 +140,7 @@ FAMILY = Family(
         "lightx2v": {"modulation": "weight", "final": "weight"},
         # 2 % of the weights, 256 wide, and most converters keep them.
         "comfyui": _KEPT,
+        "gguf": _REFINERS,  # as lcpp.patch of ComfyUI-GGUF
         "diffusers": _KEPT,
         "sglang": _KEPT,
         "vllm": _KEPT,

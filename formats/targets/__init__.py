@@ -29,6 +29,10 @@ and, only where a runtime wants it,
     files(context, names)       {file: names of its tensors} where there are several
     extras(context)             {name: TensorInfo} of tensors that belong to no layer
     extra_tensors(context)      {name: tensor} of them
+    kept(name, info)            dtype of a tensor that stays unquantized, in the place of KEEP_DTYPE
+    fitting(spec, shape)        the weight format that a shape can have in the place of another
+    PROVENANCE, KEYS            how metadata begins that only says who made a file, and what of it
+                                says more than that
     SETTINGS                    {name: allowed values}: what the user may say of this target alone
 """
 

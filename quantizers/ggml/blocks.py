@@ -18,7 +18,8 @@ from torch import Tensor
 
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.ggml import jit
-from dqconvert.quantizers.spec import BLOCKS, CODES
+from dqconvert.quantizers.spec import BLOCKS, CODES, QuantSpec
+from dqconvert.quantizers.tensors import QuantizedTensor
 
 MODULES = {
     "legacy": ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0"),
@@ -81,6 +82,18 @@ def dequantize(blocks: Tensor, code: str) -> Tensor:
     out = torch.empty(shape)
     _table("compiled", code, "DEQUANTIZERS")(blocks.numpy(), out.numpy())
     return out
+
+
+def result(weight: Tensor, spec: QuantSpec, importance: Tensor | None = None) -> QuantizedTensor:
+    """The same as a logical result; ones for an importance matrix where ggml insists on one."""
+    if importance is None and spec.code in NEEDS_IMPORTANCE:
+        importance = torch.ones(weight.shape[1])
+    return wrap(quantize(weight, spec.code, importance), spec)
+
+
+def wrap(blocks: Tensor, spec: QuantSpec) -> QuantizedTensor:
+    """Rows of blocks [N, row bytes] as a logical result, which has no scales beside them."""
+    return QuantizedTensor(spec, blocks, blocks.new_empty((len(blocks), 0), dtype=torch.float32))
 
 
 def row_bytes(code: str, columns: int) -> int:
