@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from dqconvert.converter.families import families
 from dqconvert.converter.family import (
+    LAST,
     Entry,
     Family,
     depth,
@@ -34,11 +35,15 @@ Infos = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap."""
+    """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap.
+
+    frame: index in the third dimension, None where the tensor is no slice of it.
+    """
 
     tensor: str
     rows: tuple[int, int] | None = None
     swap: bool = False
+    frame: int | None = None
 
 
 class CanonicalSource:
@@ -65,6 +70,8 @@ class CanonicalSource:
         """A canonical tensor, in fresh memory."""
         origin = self._origins[name]
         tensor = self.source.read(origin.tensor, origin.rows)
+        if origin.frame is not None:
+            return tensor[:, :, origin.frame].clone()
         return swap_halves(tensor) if origin.swap else tensor
 
     def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
@@ -109,7 +116,7 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
             names = [n for n in source.infos if n.startswith(prefix) and not n.startswith(unread)]
             for dialect in family.sources:
                 origins = _origins(source.infos, names, prefix, family, dialect)
-                if all(name in origins for name in family.signature):
+                if _is_of(family, origins):
                     found = CanonicalSource(source, family, dialect, origins)
                     _check(found, names, path)
                     return found
@@ -121,11 +128,17 @@ def open_canonical(source: Source, path: Path) -> CanonicalSource:
     )
 
 
+def _is_of(family: Family, names: Mapping[str, object]) -> bool:
+    """Whether canonical names are those of the family and of no other that is built upon it."""
+    known = all(name in names for name in family.signature)
+    return known and not any(name in names for name in family.foreign)
+
+
 def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     """Canonical tensors that a model of the family's depth must have, and those that it may.
 
-    An optional module of which one tensor is there must have them all. Raises SourceError on
-    more blocks than names, before it would list them.
+    An optional module of which one tensor is there must have them all, a scattered one within its
+    block. Raises SourceError on more blocks than names, before it would list them.
     """
     names = list(names)
     depths = {blocks: depth(names, blocks) for blocks in family.blocks}
@@ -134,9 +147,13 @@ def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
     for entry in family.dialects[family.sources[0]]:
         for leaf in leaves(entry):
             for ours in leaf.ours:
-                module = next((m for m in family.optional if ours.startswith(m)), None)
-                whole = required if module is None else optional.setdefault(module, set())
-                whole.update(_numbered(ours, depths, len(names)))
+                free = (m for m in (*family.scattered, *family.optional) if ours.startswith(m))
+                module = next(free, None)
+                cut = ours.startswith(family.cut)
+                for index in _numbers(ours, depths, len(names))[: -1 if cut else None]:
+                    key = module and (fill(module, index) if module in family.scattered else module)
+                    whole = optional.setdefault(key, set()) if key else required
+                    whole.add(fill(ours, index))
     for whole in optional.values():
         if not whole.isdisjoint(names):
             required |= whole
@@ -169,14 +186,23 @@ def entries_of(
             own = Entry(f"{module}.*", (f"{module}.*",)) if linear else Entry(name, (name,))
             rows = [(own, "")]
         for entry, index in rows:
-            found.setdefault(fill(entry.theirs, index), (entry, index))
+            found.setdefault(fill(entry.theirs, index), (settled(entry, index, infos), index))
     return list(found.values())
+
+
+def settled(entry: Entry, index: str, names: Iterable[str]) -> Entry:
+    """An entry as it is in one block of a model with these canonical names."""
+    if entry.swap != LAST:
+        return entry
+    return replace(entry, swap=int(index) == depth(names, entry.ours[0].split(".{i}")[0]) - 1)
 
 
 def compose(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
     """A dialect's tensor from its canonical parts, already cut to their columns."""
     import torch
 
+    if entry.frames:
+        return torch.stack(list(parts), dim=2)
     tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return swap_halves(tensor) if entry.swap else tensor
 
@@ -190,12 +216,17 @@ def composed_info(entry: Entry, infos: Sequence[TensorInfo]) -> TensorInfo:
     """What compose makes of tensors with these infos."""
     if len(infos) == 1:
         return infos[0]
+    if entry.frames:
+        shape = infos[0].shape
+        return replace(infos[0], shape=(*shape[:2], len(infos), *shape[2:]))
     rows = sum(info.shape[0] for info in infos)
     return replace(infos[0], shape=(rows, *infos[0].shape[1:]))
 
 
 def _info(infos: Infos, origin: Origin) -> TensorInfo:
     info = infos[origin.tensor]
+    if origin.frame is not None:
+        return replace(info, shape=(*info.shape[:2], *info.shape[3:]))
     if origin.rows is None:
         return info
     return replace(info, shape=(origin.rows[1] - origin.rows[0], *info.shape[1:]))
@@ -222,10 +253,11 @@ def _origins(
     hidden = next(
         (infos[name].shape[0] for name, leaf, _ in matched if leaf.ours == (family.hidden,)), 0
     )
+    known = [fill(leaf.ours[0], index) for _, leaf, index in matched]
     return {
         ours: origin
         for name, leaf, index in matched
-        for ours, origin in _split(name, infos[name], leaf, index, hidden)
+        for ours, origin in _split(name, infos[name], settled(leaf, index, known), index, hidden)
     }
 
 
@@ -234,7 +266,11 @@ def _split(
 ) -> Iterable[tuple[str, Origin]]:
     """The canonical tensors inside one tensor of a dialect."""
     if len(leaf.ours) == 1:
-        yield fill(leaf.ours[0], index), Origin(name, swap=leaf.swap)
+        yield fill(leaf.ours[0], index), Origin(name, swap=bool(leaf.swap))
+        return
+    if leaf.frames:
+        for frame, ours in enumerate(leaf.ours):
+            yield fill(ours, index), Origin(name, frame=frame)
         return
     for place, ours in enumerate(leaf.ours):
         start, stop = stacked_rows(place, len(leaf.ours), hidden, info.shape[0])
@@ -250,9 +286,10 @@ def _place(family: Family, name: str) -> tuple[int, int]:
     return 0, 0
 
 
-def _numbered(pattern: str, depths: Mapping[str, int], tensors: int) -> Iterable[str]:
+def _numbers(pattern: str, depths: Mapping[str, int], tensors: int) -> list[str]:
+    """The block indices that a pattern is filled with."""
     if "{i}" not in pattern:
-        return [pattern]
+        return [""]
     blocks = next(b for b in depths if pattern.startswith(f"{b}.{{i}}"))
     count = depths[blocks]
     if count > tensors:
@@ -260,7 +297,7 @@ def _numbered(pattern: str, depths: Mapping[str, int], tensors: int) -> Iterable
             f"a tensor of {blocks}.{count - 1}, but only {tensors} tensors; the checkpoint is "
             "incomplete, or its names are broken"
         )
-    return [fill(pattern, str(i)) for i in range(count)]
+    return [str(i) for i in range(count)]
 
 
 def _check(found: CanonicalSource, names: Sequence[str], path: Path) -> None:

@@ -68,6 +68,26 @@ def z_image_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
+def sd3_config(**changes: Any) -> dict[str, Any]:
+    """The config of Stable Diffusion 3.5 large, with changes."""
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 38,
+        "attention_head_dim": 64,
+        "num_attention_heads": 38,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 2432,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": (),
+        "qk_norm": "rms_norm",
+    } | changes
+
+
 def umt5_config(**changes: Any) -> dict[str, Any]:
     """The config of Wan's text encoder, with changes."""
     return {
@@ -148,6 +168,16 @@ TI2V = {
     "num_layers": 30,
     "ffn_dim": 14336,
 }
+SD3_SMALL = {
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "caption_projection_dim": 128,
+    "joint_attention_dim": 96,
+    "pooled_projection_dim": 48,
+    "pos_embed_max_size": 6,
+}
+SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+DUAL = {"dual_attention_layers": tuple(range(13)), "pos_embed_max_size": 384}
 Z_SMALL = {"dim": 256, "n_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 48}
 UMT5_SMALL = {"vocab_size": 64, "d_model": 96, "d_kv": 32, "d_ff": 160, "num_heads": 4}
 CLIP_SMALL = {"hidden_size": 160, "intermediate_size": 320, "projection_dim": 64}
@@ -161,6 +191,15 @@ CONFIGS = {
         qwen_image_config(**QWEN_SMALL, **LAYERED),
         qwen_image_config(**QWEN_SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}),
         qwen_image_config(),
+    ),
+    "sd3": (
+        sd3_config(**SD3_SMALL),
+        sd3_config(**SD3_SMALL, dual_attention_layers=(0, 1)),
+        sd3_config(**SD3_SMALL, qk_norm=None),
+        sd3_config(**SD3_SMALL, qk_norm=None, dual_attention_layers=(1,)),
+        sd3_config(),
+        sd3_config(**SD3_MEDIUM, qk_norm=None),
+        sd3_config(**SD3_MEDIUM, **DUAL),
     ),
     "umt5": (
         umt5_config(**UMT5_SMALL, num_layers=2),

@@ -47,6 +47,16 @@ def _qwen_image(model: Any, noise: Callable[..., Tensor]) -> Any:
     )
 
 
+def _sd3(model: Any, noise: Callable[..., Tensor]) -> Any:
+    return model(
+        hidden_states=noise(1, model.config.in_channels, 4, 4),
+        encoder_hidden_states=noise(1, 5, model.config.joint_attention_dim),
+        pooled_projections=noise(1, model.config.pooled_projection_dim),
+        timestep=torch.tensor([400]),
+        return_dict=False,
+    )
+
+
 def _wan(model: Any, noise: Callable[..., Tensor]) -> Any:
     width, places = model.config.image_dim, model.config.pos_embed_seq_len
     images = noise(2, places // 2, width) if places else noise(1, 6, width or 1)
@@ -70,6 +80,7 @@ def _z_image(model: Any, noise: Callable[..., Tensor]) -> Any:
 
 INPUTS: Mapping[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
     "QwenImageTransformer2DModel": _qwen_image,
+    "SD3Transformer2DModel": _sd3,
     "WanTransformer3DModel": _wan,
     "ZImageTransformer2DModel": _z_image,
 }
