@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers.spec import TensorInfo
@@ -25,7 +25,7 @@ class FileSet:
         self,
         files: Mapping[Path, tuple[str, ...]],
         infos: Mapping[str, TensorInfo],
-        metadata: Mapping[str, str],
+        metadata: Mapping[str, Any],
     ) -> None:
         if sorted(name for names in files.values() for name in names) != sorted(infos):
             raise ValueError("the files do not hold each tensor once")

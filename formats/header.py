@@ -45,10 +45,13 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A whole header: extents by name in file order, metadata, and the size of the file."""
+    """A whole header: extents by name in file order, metadata, and the size of the file.
+
+    metadata: strings; in GGUF also booleans, numbers, and lists.
+    """
 
     extents: Mapping[str, Extent]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, Any]
     size: int
 
 

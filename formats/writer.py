@@ -1,7 +1,8 @@
-"""A safetensors file written while it is computed (see header.py for its bytes).
+"""A safetensors or GGUF file written while it is computed (see header.py and gguf_header.py).
 
-The header goes down first; tensors fill their places in any order, from any thread. The file
-carries the suffix `.partial` until every byte is accounted for, and is hashed as it grows.
+The header goes down first, and zeros where tensors leave room between them; tensors fill their
+places in any order, from any thread. The file carries the suffix `.partial` until every byte is
+accounted for, and is hashed as it grows.
 """
 
 from __future__ import annotations
@@ -9,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from dqconvert.formats import header
+from dqconvert.formats import gguf_header, header
 from dqconvert.formats.hashing import FollowingHash
 from dqconvert.quantizers.errors import OutputError
 from dqconvert.quantizers.spec import TensorInfo
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StreamWriter:
-    """Fills a file whose tensors are known beforehand.
+    """Fills a file whose tensors are known beforehand; GGUF where its name ends in .gguf.
 
     Used as a context manager: leaving it without an exception checks that every tensor was
     written, flushes to the disk and renames; leaving it with one deletes the file. The space is
@@ -32,11 +33,12 @@ class StreamWriter:
     """
 
     def __init__(
-        self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]
+        self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, Any]
     ) -> None:
         self.path = path
         self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        self._start, self._header = header.encode(infos, metadata)
+        encode = gguf_header.encode if path.suffix == ".gguf" else header.encode
+        self._start, self._header = encode(infos, metadata)
         self._missing = {name: info.nbytes for name, info in infos.items()}
         self._lock = threading.Lock()
         self._fd = -1
@@ -56,6 +58,8 @@ class StreamWriter:
                 os.posix_fallocate(self._fd, 0, self._header.size)
             self._hash = FollowingHash(self._fd, self._header.size)
             self._put(memoryview(self._start), 0)
+            for offset, size in self._gaps():
+                self._put(memoryview(bytes(size)), offset)
         except OSError as error:
             self._discard()
             raise self._failed(error) from error
@@ -64,13 +68,14 @@ class StreamWriter:
     def write(self, name: str, tensor: Tensor, row: int | None = None) -> None:
         """Put one tensor into its place, or some rows of it that begin at row.
 
-        What is not as promised, or comes twice, is our own mistake: ValueError.
+        Of ggml's block types, the bytes: uint8 [..., row bytes]. What is not as promised, or
+        comes twice, is our own mistake: ValueError.
         """
         from dqconvert.quantizers.tensors import DTYPE_NAMES
 
         extent = self._header.extents[name]
         found = TensorInfo(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
-        promised = extent.info
+        promised = extent.info.stored
         if row is not None:
             promised = TensorInfo(promised.dtype, (found.shape[0], *promised.shape[1:]))
         if found != promised:
@@ -114,6 +119,16 @@ class StreamWriter:
         except OSError as problem:
             self._discard()
             raise self._failed(problem) from problem
+
+    def _gaps(self) -> Iterator[tuple[int, int]]:
+        """Where no tensor will be: offsets and sizes."""
+        end = len(self._start)
+        for extent in sorted(self._header.extents.values(), key=lambda extent: extent.offset):
+            if extent.offset > end:
+                yield end, extent.offset - end
+            end = max(end, extent.offset + extent.info.nbytes)
+        if self._header.size > end:
+            yield end, self._header.size - end
 
     def _put(self, data: memoryview, offset: int) -> None:
         done = 0
