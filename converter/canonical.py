@@ -253,11 +253,11 @@ def _origins(
     hidden = next(
         (infos[name].shape[0] for name, leaf, _ in matched if leaf.ours == (family.hidden,)), 0
     )
-    known = [fill(leaf.ours[0], index) for _, leaf, index in matched]
+    held = [fill(leaf.ours[0], index) for _, leaf, index in matched]
     return {
         ours: origin
         for name, leaf, index in matched
-        for ours, origin in _split(name, infos[name], settled(leaf, index, known), index, hidden)
+        for ours, origin in _split(name, infos[name], settled(leaf, index, held), index, hidden)
     }
 
 
