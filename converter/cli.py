@@ -246,15 +246,16 @@ def dequantize(out: Path, output: Path, overwrite: bool, as_json: bool) -> None:
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N")
 @click.option("--size", type=Size())
 @click.option("--pipeline", metavar="MODEL")
+@click.option("--imatrix", type=PATH, metavar="FILE", help="Also as .dat or .gguf of llama.cpp.")
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
 @reported
-def calibrate(quiet: bool, as_json: bool, **words: Any) -> None:
+def calibrate(imatrix: Path | None, quiet: bool, as_json: bool, **words: Any) -> None:
     """Collect statistics only; conversions with equal prompts and settings reuse them."""
     from dqconvert.converter.statistics import calibrate as run
 
     job = Job(scheme="", **words)
-    path = show.with_progress(lambda listen: run(job, listen), quiet or as_json)
+    path = show.with_progress(lambda listen: run(job, listen, imatrix), quiet or as_json)
     show.made(path, as_json)
 
 

@@ -18,7 +18,7 @@ from dqconvert.converter.plan import Plan
 from dqconvert.converter.work import Stats
 from dqconvert.formats import imatrix
 from dqconvert.formats.targets import gguf
-from dqconvert.quantizers.errors import PlanError
+from dqconvert.quantizers.errors import OutputError, PlanError
 from dqconvert.quantizers.tensors import LayerStats
 
 PREFIXES = ("", "model.diffusion_model.", "text_encoders.t5xxl.transformer.")
@@ -53,15 +53,27 @@ def read(path: Path, plan: Plan) -> tuple[Stats, int]:
     return stats, unknown
 
 
+def check(path: Path) -> None:
+    """Find out before the work whether it can be written. OutputError otherwise."""
+    if path.suffix not in (".dat", ".gguf"):
+        raise OutputError(f"{path}: must end in .dat or .gguf")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path.parent}: no such folder")
+
+
 def write(path: Path, source: CanonicalSource, stats: Stats) -> None:
-    """The mean squares of a model's calibration, under the names of its GGUF file."""
-    named = dict(_sites(source))
-    held = {name: stats[site] for name, site in named.items() if site in stats}
-    imatrix.write(
-        path,
-        {name: one.mean_square.float() for name, one in held.items()},
-        {name: one.count for name, one in held.items()},
-    )
+    """The mean squares of a model's calibration, by weight.
+
+    In .dat under the names of stable-diffusion.cpp, its only reader for such models; in .gguf
+    under those of the GGUF file, as llama-quantize looks for them.
+    """
+    prefix = "" if path.suffix == ".gguf" else PREFIXES[1]
+    values = {
+        prefix + name: stats[site].mean_square.float()
+        for name, site in _sites(source)
+        if site in stats
+    }
+    imatrix.write(path, values)
 
 
 def _sites(source: CanonicalSource) -> Iterator[tuple[str, str]]:

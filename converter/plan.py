@@ -203,6 +203,8 @@ class _Planner:
         rows = [self.source.family.linear(module, outside=True) for module in modules]
         if any(row is None for row in rows):
             return self._kept(entry, index, "not a linear of a block")
+        if entry.swap:
+            return self._kept(entry, index, "halves of its rows change places")
         linears = [row for row in rows if row is not None]
         first = linears[0][0]
         words = (modules[0], first.name, first.role)

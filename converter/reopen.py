@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqconvert.converter.canonical import expected, swap_halves
+from dqconvert.converter.canonical import expected, settled, swap_halves
 from dqconvert.converter.families import families
 from dqconvert.converter.family import (
     Entry,
@@ -181,6 +181,7 @@ class Reopened:
         theirs, leaf = self.kept[name]
         if len(leaf.ours) == 1:
             tensor = self.source.read(theirs)
+            leaf = settled(leaf, match(leaf.ours[0], name) or "", self.names())
             return swap_halves(tensor) if leaf.swap else tensor
         shape = self.source.infos[theirs].shape
         place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)

@@ -129,13 +129,22 @@ def statistics(
     return store.LazyStats(calibration.path, calibration.key)
 
 
-def calibrate(job: Job, listen: Callable[[Progress], None]) -> Path:
-    """Collect the statistics of a job's model and prompts; returns their file."""
+def calibrate(job: Job, listen: Callable[[Progress], None], imatrix: Path | None = None) -> Path:
+    """Collect the statistics of a job's model and prompts; returns their file.
+
+    imatrix: where to write them as an importance matrix as well.
+    """
+    from dqconvert.converter import importance
+
+    if imatrix is not None:
+        importance.check(imatrix)
     model = resolve(job.model, whole=True, component=job.component)
     source = open_canonical(open_source(model.path), model.path)
     calibration = plan_calibration(job, model, source)
     assert calibration is not None
-    statistics(calibration, model, source, listen)
+    stats = statistics(calibration, model, source, listen)
+    if imatrix is not None:
+        importance.write(imatrix, source, stats)
     return calibration.path
 
 

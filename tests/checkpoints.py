@@ -28,10 +28,15 @@ HERE = Path(__file__).parent
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+SOME_BLOCKS = ("gguf-q8_0", "gguf-q4_1", "gguf-iq4_nl")
+
+
 def pairs(calibrated: bool) -> list[tuple[str, str]]:
     """(scheme, target) of all that FLUX can be converted to, with prompts or without."""
     found = []
     for scheme in schemes().values():
+        if scheme.name.startswith("gguf-") and scheme.name not in SOME_BLOCKS:
+            continue  # the narrow models here have no room for larger blocks
         for name in scheme.targets:
             runtime = targets().get(name)
             if runtime is None or runtime.accepts(scheme):
@@ -95,7 +100,7 @@ NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
 FILL = SMALL | {"in_channels": 384, "out_channels": 64}
 _CONFIGS = runpy.run_path(str(HERE / "configs.py"))
 MODELS: dict[str, tuple[dict[str, Any], ...]] = _CONFIGS["CONFIGS"]
-ENCODERS, encoder_tensors = ("CLIPVisionModel", "UMT5EncoderModel"), _CONFIGS["encoder_tensors"]
+ENCODERS, encoder_tensors = _CONFIGS["ENCODERS"], _CONFIGS["encoder_tensors"]
 CONFIGS = {
     "flux": (
         flux_config(**SMALL),
@@ -122,7 +127,7 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -
 
 def small(config: Mapping[str, Any]) -> bool:
     """Whether a config is none of a real model."""
-    layers = ("num_layers", "n_layers", "num_hidden_layers")
+    layers = ("num_layers", "n_layers", "num_hidden_layers", "depth")
     return min(config[key] for key in layers if key in config) < 19
 
 
@@ -177,6 +182,9 @@ def read_dialect(
         tensor = tensors[fill(leaf.theirs, index)]
         tensor = swap_halves(tensor) if leaf.swap else tensor
         for place, ours in enumerate(leaf.ours):
+            if leaf.frames:
+                pieces[fill(ours, index)] = [(0, tensor[:, :, place])]
+                continue
             stop = None if place == len(leaf.ours) - 1 else (place + 1) * hidden
             first = hidden if leaf.columns and leaf.columns[0] == "hidden" else 0
             piece = (first, tensor[place * hidden : stop] if tensor.ndim else tensor)
@@ -184,7 +192,8 @@ def read_dialect(
     found = {}
     for name, parts in pieces.items():
         parts.sort(key=lambda part: part[0])
-        found[name] = parts[0][1] if parts[0][1].ndim < 2 else torch.cat([p for _, p in parts], 1)
+        whole = len(parts) == 1 or parts[0][1].ndim < 2
+        found[name] = parts[0][1] if whole else torch.cat([p for _, p in parts], 1)
     return found
 
 

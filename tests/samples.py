@@ -87,6 +87,11 @@ def generator(form: PackedForm) -> torch.Generator:
 def codes_of(spec: QuantSpec, shape: tuple[int, int], rng: torch.Generator) -> Tensor:
     """Random codes, every one that the spec allows."""
     code = CODES[spec.code]
+    if code.block:
+        rows = TensorInfo(spec.code.upper(), shape).stored.shape
+        return torch.randint(0, 256, rows, generator=rng).to(torch.uint8)
+    if code.bits == 16:
+        return torch.randn(shape, generator=rng).to(TORCH_DTYPES[code.name.upper()])
     if code.levels or (code.is_float and code.bits < 8):
         return torch.randint(0, 2**code.bits, shape, generator=rng).to(torch.uint8)
     if code.is_float:
@@ -116,7 +121,11 @@ def result_of(form: PackedForm, spec_smooth: bool) -> QuantizedTensor:
     return QuantizedTensor(
         spec=spec,
         codes=codes_of(spec, form.shape, rng),
-        scale=torch.ones(grid) if spec.unit else values(*grid, dtype=spec.scale),
+        scale=torch.ones(n, 0)
+        if CODES[spec.code].block
+        else torch.ones(grid)
+        if spec.unit
+        else values(*grid, dtype=spec.scale),
         tensor_scale=second,
         bias=-values(n, dtype=form.bias_dtype) if form.bias else None,
         smooth=values(k) if form.smooth or (spec_smooth and branch) else None,
@@ -161,14 +170,20 @@ def context_of(
         for layer, form in layers.items()
         for suffix, info in runtime.promise(form).items()
     }
-    infos["norm.weight"] = TensorInfo("BF16", (8,))
+    norm = TensorInfo("BF16", (8,))
+    kept = getattr(runtime, "kept", lambda name, info: info.dtype)
+    infos["norm.weight"] = replace(norm, dtype=kept("norm.weight", norm))
     context = FileContext(
         model="toy",
         scheme=adapted,
         rank=scheme.rank,
         config={"_class_name": "FluxTransformer2DModel", "num_layers": 2},
         layers=layers,
-        facts={"model_class": "NunchakuFluxTransformer2dModel", "comfy_config": {"a": [1]}},
+        facts={
+            "model_class": "NunchakuFluxTransformer2dModel",
+            "comfy_config": {"a": [1]},
+            "architecture": "flux",
+        },
         layout=layout,
         names=tuple(infos),
     )

@@ -83,7 +83,7 @@ def test_what_is_no_transformer_is_refused(here: Path) -> None:
     assert "llm.safetensors" in refused(here, "inspect", "llm.safetensors")
     assert "llm.safetensors" in refused(here, "verify", "llm.safetensors")
     (here / "weights.gguf").write_bytes(b"GGUF")
-    assert ".gguf files cannot be read" in refused(here, "weights.gguf", "--scheme", "int8")
+    assert "weights.gguf: " in refused(here, "weights.gguf", "--scheme", "int8")
     (here / "empty").mkdir()
     assert "holds no .safetensors file" in refused(here, "empty", "--scheme", "int8")
     (here / "model_index.json").write_text("{}")

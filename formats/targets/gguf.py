@@ -113,11 +113,11 @@ def kept(name: str, info: TensorInfo) -> str:
 
 def problem(form: PackedForm) -> str | None:
     """See formats/targets."""
-    return (
-        None
-        if form.spec == fitting(form.spec, form.shape)
-        else (f"{form.spec.code} needs a width that {CODES[form.spec.code].block} divides")
-    )
+    if form.smooth or form.rotation or form.rank or form.shift or form.input_scale:
+        return "GGUF has room for blocks and a bias alone"
+    if form.spec != fitting(form.spec, form.shape):
+        return f"{form.spec.code} needs a width that {CODES[form.spec.code].block} divides"
+    return None
 
 
 def shift(form: PackedForm) -> float:
