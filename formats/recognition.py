@@ -39,8 +39,8 @@ def scheme_for(target: str, forms: Collection[PackedForm]) -> str | None:
     """
     names = [name for name, scheme in schemes().items() if target in scheme.targets]
     names = [name for name in names if not schemes()[name].menu]
-    plain = [name for name in names if not schemes()[name].better]
-    mixed = [name for name in names if schemes()[name].better]
+    mixed = [name for name in names if schemes()[name].better or schemes()[name].mixes]
+    plain = [name for name in names if name not in mixed]
     found = (name for name in (*plain, *mixed) if forms and fits(target, name, forms))
     return next(found, None)
 
@@ -124,10 +124,10 @@ def contradictions(where: str, found: Any, needed: Any) -> list[str]:
     return lines
 
 
-def parsed(text: str) -> Any:
-    """A metadata entry as the JSON that it is; the text itself where it is none."""
+def parsed(text: Any) -> Any:
+    """A metadata entry as the JSON that it is; the entry itself where it is none."""
     try:
-        return json.loads(text)
+        return json.loads(text) if isinstance(text, str) else text
     except (ValueError, RecursionError):
         return text
 
