@@ -136,7 +136,7 @@ def test_lightx2v_gets_the_layers_that_its_modules_quantize(
         options = PlanOptions()
         plan = make_plan(source, targets()["lightx2v"], scheme(kind), options, (name, config))
         assert set(plan.context.layers) == layers
-        assert plan.context.facts == {"component": component}
+        assert plan.context.facts["component"] == component
         infos = checkpoints.infos_of(native)
         for tensor in native.keys() - {f"{layer}.weight" for layer in layers}:
             assert plan.outputs[tensor] == infos[tensor]
