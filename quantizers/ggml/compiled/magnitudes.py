@@ -1,0 +1,116 @@
+"""A block of 256 weights before and after the search of lattice.py.
+
+Before: weights of errors, magnitudes and sign bytes, and the largest magnitude of a sub-block.
+After: the sub-blocks' scales in 4 bits, odd multiples of half a step. From the
+quantize_row_iq2_*_impl and quantize_row_iq3_*_impl of ggml-quants.c.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dqconvert.quantizers.ggml.compiled.floats import put_half
+from dqconvert.quantizers.ggml.compiled.lattice import BLOCK, Rule, Work, level
+from dqconvert.quantizers.ggml.jit import kernel
+
+
+@kernel
+def describe(
+    rule: Rule, work: Work, block: NDArray[np.float32], importance: NDArray[np.float32]
+) -> None:
+    """Fills weight, root, x, signs, peaks and the first scales of work; no importance is empty."""
+    mean = mean_square(block, rule.spread)
+    if len(importance):
+        weigh(work.weight, block, importance, mean)
+    elif rule.dims == 4:
+        for i in range(BLOCK):
+            work.weight[i] = block[i] * block[i]
+    else:
+        for i in range(BLOCK):
+            work.weight[i] = np.float32(0.25) * mean + block[i] * block[i]
+    for i in range(BLOCK):
+        work.root[i] = np.sqrt(work.weight[i])
+    for byte in range(BLOCK // 8):
+        _fold(rule, work, block, byte)
+    _find_peaks(rule, work)
+
+
+@kernel
+def mean_square(block: NDArray[np.float32], spread: np.float32) -> np.float32:
+    """The mean square of 256 weights, spread times."""
+    total = np.float32(0)
+    for i in range(BLOCK):
+        total += block[i] * block[i]
+    return spread * total / np.float32(BLOCK)
+
+
+@kernel
+def weigh(
+    weight: NDArray[np.float32],
+    block: NDArray[np.float32],
+    importance: NDArray[np.float32],
+    mean: np.float32,
+) -> None:
+    """Importance times the root of what a weight and its neighbourhood are, squared."""
+    for i in range(BLOCK):
+        weight[i] = importance[i] * np.sqrt(mean + block[i] * block[i])
+
+
+@kernel
+def _fold(rule: Rule, work: Work, block: NDArray[np.float32], byte: int) -> None:
+    """Signs and magnitudes of 8 weights.
+
+    Where seven bits have to do, the sign that costs least changes if their number is odd.
+    """
+    signs = 0
+    flips = 0
+    for i in range(8):
+        x = block[8 * byte + i]
+        negative = not x >= np.float32(0)
+        work.x[8 * byte + i] = -x if negative else x
+        flips += negative
+        signs |= negative << i
+    if rule.sign == 127 and flips % 2:
+        least = 0
+        for i in range(1, 8):
+            if _cost(work, block, 8 * byte + i) < _cost(work, block, 8 * byte + least):
+                least = i
+        work.x[8 * byte + least] = -work.x[8 * byte + least]
+        signs ^= 1 << least
+    work.signs[byte] = signs & rule.sign
+
+
+@kernel
+def _cost(work: Work, block: NDArray[np.float32], i: int) -> np.float32:
+    return np.float32(work.weight[i] * block[i] * block[i])
+
+
+@kernel
+def _find_peaks(rule: Rule, work: Work) -> None:
+    for part in range(BLOCK // rule.sub):
+        peak = work.x[part * rule.sub]
+        for i in range(part * rule.sub + 1, (part + 1) * rule.sub):
+            peak = max(peak, work.x[i])
+        work.peaks[part] = np.float32(0) if peak < rule.least else peak
+        work.scales[part] = peak / np.float32(2 * rule.base - 1)
+
+
+@kernel
+def put_scale(block: NDArray[np.uint8], work: Work, fudge: np.float32) -> np.float32:
+    """Writes the block's half; the inverse of the scales' step, 0 where all of them are 0."""
+    largest = np.float32(0)
+    for scale in work.scales:
+        largest = max(largest, scale)
+    if not largest > np.float32(0):
+        put_half(block, 0, np.float32(0))
+        return np.float32(0)
+    step = largest / np.float32(31)
+    put_half(block, 0, step * fudge)
+    return np.float32(1) / step
+
+
+@kernel
+def nibble(work: Work, inverse: np.float32, part: int) -> np.int32:
+    """A sub-block's scale in 4 bits."""
+    return level(inverse, work.scales[part], np.int32(15))
