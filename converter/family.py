@@ -7,6 +7,7 @@ for the leaves weight and bias.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -182,6 +183,12 @@ def stacked_rows(place: int, count: int, hidden: int, total: int) -> tuple[int, 
 def fill(pattern: str, index: str) -> str:
     """A pattern with its block index."""
     return pattern.replace("{i}", index)
+
+
+def single(value: float) -> float:
+    """A number as a float32 has it, which is what files say of models."""
+    found: float = struct.unpack("<f", struct.pack("<f", value))[0]
+    return found
 
 
 def leaves(entry: Entry) -> list[Entry]:

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dqconvert.converter.family import single
 from dqconvert.converter.resolve import read_json
 from dqconvert.quantizers.errors import DQConvertError, SourceError
 
@@ -83,7 +84,7 @@ def keys(found: Unigram, rows: int, where: Path) -> dict[str, Any]:
         "model": "t5",
         "pre": "default",
         "tokens": list(tokens),
-        "scores": list(scores),
+        "scores": [single(score) for score in scores],
         "token_type": list(types),
         "add_space_prefix": found.space_prefix,
         "remove_extra_whitespaces": found.one_space,

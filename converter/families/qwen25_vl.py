@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth, single
 
 _BLOCK = "model.layers.{i}"
 _HEAD = 128
@@ -68,7 +68,7 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "block_count": config["num_hidden_layers"],
         "attention.head_count": config["num_attention_heads"],
         "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.layer_norm_rms_epsilon": single(1e-6),
         "rope.freq_base": 1e6,
         "rope.dimension_sections": [_HEAD // 8, _HEAD * 3 // 16, _HEAD * 3 // 16, 0],
     }

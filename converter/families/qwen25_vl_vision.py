@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth, single
 
 _BLOCK = "visual.blocks.{i}"
 _HEADS = 16
@@ -99,10 +99,10 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "clip.vision.projection_dim": config["out_hidden_size"],
         "clip.vision.block_count": config["depth"],
         "clip.vision.attention.head_count": config["num_heads"],
-        "clip.vision.attention.layer_norm_epsilon": 1e-6,
+        "clip.vision.attention.layer_norm_epsilon": single(1e-6),
         "clip.vision.n_wa_pattern": 8,
-        "clip.vision.image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "clip.vision.image_std": [0.26862954, 0.26130258, 0.27577711],
+        "clip.vision.image_mean": [single(x) for x in (0.48145466, 0.4578275, 0.40821073)],
+        "clip.vision.image_std": [single(x) for x in (0.26862954, 0.26130258, 0.27577711)],
     }
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth, single
 
 _BLOCK = "encoder.block.{i}"
 _ATTENTION, _MLP = f"{_BLOCK}.layer.0.SelfAttention", f"{_BLOCK}.layer.1.DenseReluDense"
@@ -93,8 +93,8 @@ def facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "attention.head_count": config["num_heads"],
         "attention.key_length": config["d_kv"],
         "attention.value_length": config["d_kv"],
-        "attention.layer_norm_epsilon": 1e-6,
-        "attention.layer_norm_rms_epsilon": 1e-6,
+        "attention.layer_norm_epsilon": single(1e-6),
+        "attention.layer_norm_rms_epsilon": single(1e-6),
         "attention.relative_buckets_count": config["relative_attention_num_buckets"],
     }
     return {f"{ARCHITECTURE}.{key}": value for key, value in sizes.items()}
