@@ -58,6 +58,22 @@ def test_bytes_are_ggmls_at_the_edges(code: str, way: str) -> None:
     assert torch.equal(found, EDGES[f"{code}.{way}"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 500])
+def test_sums_are_added_in_order(count: int) -> None:
+    values = torch.randn(256, count, generator=torch.Generator().manual_seed(0))
+    expected = [np.float32(0)] * count
+    for row in values.numpy():
+        expected = [found + number for found, number in zip(expected, row, strict=True)]
+    np.testing.assert_array_equal(lanes.total(values).numpy(), expected)
+
+
+def test_nearest_integers_of_what_has_none() -> None:
+    odd = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    assert lanes.nearest(odd).tolist() == [0, 0, 0]
+    values = torch.tensor([0.5, 1.5, -2.5, 4194303, torch.inf, -torch.inf])
+    assert lanes.nearest(values).tolist() == [0, 2, -2, 4194303, -(2.0**22), -(2.0**22)]
+
+
 @lawful
 @given(
     code=st.sampled_from(sorted(QUANTIZERS)),
