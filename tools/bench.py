@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_blocks
 import click
 
 from dqconvert.formats.writer import StreamWriter
@@ -129,8 +130,15 @@ def _report(name: str, found: dict[str, list[Run]], size: int) -> None:
 @click.option("--runs", default=3, show_default=True)
 @click.option("--schemes", default=SCHEMES, show_default=True, metavar="SCHEME[@TARGET],...")
 @click.option("--folder", type=click.Path(path_type=Path), default=Path("bench"))
-def main(blocks: str, runs: int, schemes: str, folder: Path) -> None:
+@click.option("--ggml", is_flag=True, help="The kernels of ggml's block types instead.")
+@click.option("--library", type=click.Path(path_type=Path), help="libggml-base.so to run beside.")
+def main(
+    blocks: str, runs: int, schemes: str, folder: Path, ggml: bool, library: Path | None
+) -> None:
     """Measure conversions of a synthetic FLUX.1 beside `cp` of the same file."""
+    if ggml or library:
+        bench_blocks.table(library)
+        return
     double, single = map(int, blocks.split("x"))
     folder.mkdir(exist_ok=True)
     source = folder / f"flux-{blocks}.safetensors"
