@@ -30,8 +30,8 @@ REDO_OFF = 0
 REDO_ALL = 1
 REDO_ALWAYS = 2
 
-_FARTHEST = np.int64(0x7FFFFFFFFFFFFFFF)
-_PLACE = np.int64(0xFFFFFFFF)
+FARTHEST = np.int64(0x7FFFFFFFFFFFFFFF)
+PLACE = np.int64(0xFFFFFFFF)
 
 
 class Lattice(NamedTuple):
@@ -257,7 +257,7 @@ def _nearest_quad(
     lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
 ) -> np.int64:
     x, root = work.x[at : at + 4], work.root[at : at + 4]
-    best = _FARTHEST
+    best = FARTHEST
     first = lattice.starts[code]
     for chunk in range(first, lattice.starts[code + 1]):
         odds = lattice.odds[chunk]
@@ -266,8 +266,8 @@ def _nearest_quad(
             distance += _term(scale, odds[1, j], x[1], root[1])
             distance += _term(scale, odds[2, j], x[2], root[2])
             distance += _term(scale, odds[3, j], x[3], root[3])
-            best = min(best, _ranked(distance, (chunk - first) * SIDE + j))
-    place = best & _PLACE
+            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
+    place = best & PLACE
     return np.int64(lattice.near[first + place // SIDE, place % SIDE])
 
 
@@ -276,7 +276,7 @@ def _nearest_octet(
     lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
 ) -> np.int64:
     x, root = work.x[at : at + 8], work.root[at : at + 8]
-    best = _FARTHEST
+    best = FARTHEST
     first = lattice.starts[code]
     for chunk in range(first, lattice.starts[code + 1]):
         odds = lattice.odds[chunk]
@@ -289,8 +289,8 @@ def _nearest_octet(
             distance += _term(scale, odds[5, j], x[5], root[5])
             distance += _term(scale, odds[6, j], x[6], root[6])
             distance += _term(scale, odds[7, j], x[7], root[7])
-            best = min(best, _ranked(distance, (chunk - first) * SIDE + j))
-    place = best & _PLACE
+            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
+    place = best & PLACE
     return np.int64(lattice.near[first + place // SIDE, place % SIDE])
 
 
@@ -301,7 +301,7 @@ def _term(scale: np.float32, odd: np.int8, x: np.float32, root: np.float32) -> n
 
 
 @kernel
-def _ranked(distance: np.float32, place: int) -> np.int64:
+def ranked(distance: np.float32, place: int) -> np.int64:
     """A number that orders as distance does, then as place."""
     return (np.int64(np.float32(distance).view(np.int32)) << 32) | np.int64(place)
 
