@@ -6,7 +6,7 @@ it stands for statistics that know no more than that; written, it is made of our
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from dqconvert.converter.canonical import CanonicalSource, entries_of
 from dqconvert.converter.family import fill
 from dqconvert.converter.plan import Plan
-from dqconvert.converter.work import Stats
 from dqconvert.formats import imatrix
 from dqconvert.formats.targets import gguf
 from dqconvert.quantizers.errors import OutputError, PlanError
 from dqconvert.quantizers.tensors import LayerStats
+
+Stats = Mapping[str, LayerStats]
 
 PREFIXES = ("", "model.diffusion_model.", "text_encoders.t5xxl.transformer.")
 """What programs put before the names of a GGUF file."""
