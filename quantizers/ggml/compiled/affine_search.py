@@ -42,8 +42,9 @@ _TRIED, _FITTED, _LOWEST = 9, 10, 11  # slope now; scale and minimum that fit it
 _SUM_L, _SUM_LL, _SUM_XL = 12, 13, 14  # sums of w * l, w * l * l and w * l * x
 
 _STRIDE = np.uint64(LANES)
-_UNROLLED = 8
+UNROLLED = 8
 _ZERO, _ONE, _NAN = np.float32(0), np.float32(1), np.float32(np.nan)
+_NOTHING = np.float32(-0.0)  # a sum that begins with it is its first term, of either sign of zero
 
 
 def plan(n: int, top: int, first: float, delta: float, steps: int, absolute: bool = False) -> Task:
@@ -59,6 +60,14 @@ def plan(n: int, top: int, first: float, delta: float, steps: int, absolute: boo
 def at(row: int, lane: int) -> np.uint64:
     """The index of an element of a flat array of LANES columns."""
     return np.uint64(row) * _STRIDE + np.uint64(lane)
+
+
+@kernel
+def aligned(size: int) -> Floats:
+    """Zeros that start at a cache line, so that no vector of a row straddles two."""
+    floats = np.zeros(size + 16, np.float32)
+    start = -(floats.ctypes.data // 4) % 16
+    return floats[start : start + size]
 
 
 @kernel
@@ -88,19 +97,24 @@ def search(tile: Floats, state: Floats, task: Task) -> None:
 def _describe(tile: Floats, state: Floats, n: int) -> None:
     """Range and sums of the weights."""
     for lane in range(LANES):
-        x, w = tile[at(X, lane)], tile[at(W, lane)]
-        state[at(MINIMUM, lane)] = x
-        state[at(_HIGH, lane)] = x
-        state[at(TOTAL, lane)] = w
-        state[at(_MOMENT, lane)] = w * x
-    for i in range(1, n):
+        state[at(MINIMUM, lane)] = tile[at(X, lane)]
+        state[at(_HIGH, lane)] = tile[at(X, lane)]
+        state[at(TOTAL, lane)] = _NOTHING
+        state[at(_MOMENT, lane)] = _NOTHING
+    for start in range(0, n, UNROLLED):
         for lane in range(LANES):
-            x, w = tile[at(X + i, lane)], tile[at(W + i, lane)]
             low, high = state[at(MINIMUM, lane)], state[at(_HIGH, lane)]
-            state[at(MINIMUM, lane)] = x if x < low else low
-            state[at(_HIGH, lane)] = x if x > high else high
-            state[at(TOTAL, lane)] += w
-            state[at(_MOMENT, lane)] += w * x
+            total, moment = state[at(TOTAL, lane)], state[at(_MOMENT, lane)]
+            for i in range(UNROLLED):
+                x, w = tile[at(X + start + i, lane)], tile[at(W + start + i, lane)]
+                low = x if x < low else low
+                high = x if x > high else high
+                total += w
+                moment += w * x
+            state[at(MINIMUM, lane)] = low
+            state[at(_HIGH, lane)] = high
+            state[at(TOTAL, lane)] = total
+            state[at(_MOMENT, lane)] = moment
 
 
 @kernel
@@ -123,12 +137,12 @@ def _fit(tile: Floats, state: Floats, n: int, top: np.int32) -> None:
         state[at(_SUM_L, lane)] = _ZERO
         state[at(_SUM_LL, lane)] = _ZERO
         state[at(_SUM_XL, lane)] = _ZERO
-    for start in range(0, n, _UNROLLED):
+    for start in range(0, n, UNROLLED):
         for lane in range(LANES):
             slope, origin = state[at(_TRIED, lane)], state[at(MINIMUM, lane)]
             l1, l2 = state[at(_SUM_L, lane)], state[at(_SUM_LL, lane)]
             xl = state[at(_SUM_XL, lane)]
-            for i in range(_UNROLLED):
+            for i in range(UNROLLED):
                 x = tile[at(X + start + i, lane)]
                 code = np.float32(clip(nearest(slope * (x - origin)), top))
                 tile[at(L + start + i, lane)] = code
@@ -169,11 +183,11 @@ def _measure(tile: Floats, state: Floats, n: int, absolute: bool) -> None:
 
 @kernel
 def _measure_squares(tile: Floats, state: Floats, n: int) -> None:
-    for start in range(0, n, _UNROLLED):
+    for start in range(0, n, UNROLLED):
         for lane in range(LANES):
             scale, lowest = state[at(_FITTED, lane)], state[at(_LOWEST, lane)]
             error = state[at(_ERROR, lane)]
-            for i in range(_UNROLLED):
+            for i in range(UNROLLED):
                 row = start + i
                 off = scale * tile[at(L + row, lane)] + lowest - tile[at(X + row, lane)]
                 error += tile[at(W + row, lane)] * (off * off)
@@ -182,11 +196,11 @@ def _measure_squares(tile: Floats, state: Floats, n: int) -> None:
 
 @kernel
 def _measure_magnitudes(tile: Floats, state: Floats, n: int) -> None:
-    for start in range(0, n, _UNROLLED):
+    for start in range(0, n, UNROLLED):
         for lane in range(LANES):
             scale, lowest = state[at(_FITTED, lane)], state[at(_LOWEST, lane)]
             error = state[at(_ERROR, lane)]
-            for i in range(_UNROLLED):
+            for i in range(UNROLLED):
                 row = start + i
                 off = scale * tile[at(L + row, lane)] + lowest - tile[at(X + row, lane)]
                 error += tile[at(W + row, lane)] * abs(off)

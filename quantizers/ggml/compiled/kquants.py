@@ -26,6 +26,7 @@ from dqconvert.quantizers.ggml.compiled.affine_search import (
     SCALE,
     SLOPE,
     TOTAL,
+    UNROLLED,
     Floats,
     L,
     Task,
@@ -78,7 +79,6 @@ WEIGHTED = {
 
 _TILE = affine_search.ROWS * LANES
 _SLOPES = scale_search.ROWS  # rows of the searches' slopes and, in the lanes of minima, origins
-_RUN = 16  # weights that surely share a scale
 _ZERO = np.float32(0)
 
 
@@ -87,9 +87,9 @@ def quantize(weights: Floats, importance: Floats, out: Bytes, table: Floats, for
     """Blocks [B, bytes] of weights [B, 256]; importance is [blocks of a row, 256] or [0, 256]."""
     n = form.task[0]
     subs = WEIGHTS // n
-    tiles = np.zeros(subs // 2 * _TILE, np.float32)
-    series = np.zeros((_SLOPES + subs) * LANES, np.float32)
-    codes = np.empty(WEIGHTS, np.uint8)
+    tiles = affine_search.aligned(subs // 2 * _TILE)
+    series = affine_search.aligned((_SLOPES + subs) * LANES)
+    codes, lines = np.empty(WEIGHTS, np.uint8), np.empty(2 * WEIGHTS, np.float32)
     for first in range(0, weights.shape[0], BATCH):
         _load(weights, first, tiles, n, X)
         if importance.shape[0]:
@@ -103,33 +103,61 @@ def quantize(weights: Floats, importance: Floats, out: Bytes, table: Floats, for
         else:
             scale_search.spread(series, subs, form.top, form.limit)
         for lane in range(min(BATCH, weights.shape[0] - first)):
-            _put_levels(out[first + lane], series, lane, form)
-            _encode(weights[first + lane], out[first + lane], series[lane:], codes, table, form)
-            put_codes(out[first + lane], form.bits, codes)
+            block = out[first + lane]
+            _put_levels(block, series, lane, form)
+            _draw(block, form.bits, lines, table)
+            _round(weights[first + lane], lines, codes, form.task[1])
+            _keep_searched(weights[first + lane], lines, codes, series[lane:], form)
+            put_codes(block, form.bits, codes)
 
 
 @kernel
 def dequantize(blocks: Bytes, bits: int, out: Floats, table: Floats) -> None:
     """Weights [B, 256] of blocks [B, bytes]; table is halves()."""
-    codes = np.empty(WEIGHTS, np.uint8)
+    codes, lines = np.empty(WEIGHTS, np.uint8), np.empty(2 * WEIGHTS, np.float32)
     for b in range(blocks.shape[0]):
         get_codes(blocks[b], bits, codes)
+        _draw(blocks[b], bits, lines, table)
         weights = out[b]
-        for run in range(WEIGHTS // _RUN):
-            scale, low = _scale(blocks[b], bits, run, table)
-            start = run * _RUN
-            for i in range(_RUN):
-                weights[start + i] = scale * np.float32(codes[start + i]) - low
+        for i in range(WEIGHTS):
+            at_i, low = np.uint64(i), np.uint64(WEIGHTS + i)
+            weights[at_i] = lines[at_i] * np.float32(codes[at_i]) - lines[low]
 
 
 @kernel
-def _scale(block: Bytes, bits: int, run: int, table: Floats) -> tuple[np.float32, np.float32]:
-    """What a code of 1 adds to a weight of a run of 16, and what is taken off."""
+def _draw(block: Bytes, bits: int, lines: Floats, table: Floats) -> None:
+    """For 256 weights what a code of 1 adds, then for each what is taken off."""
     head = halves_at(bits)
     d = table[block[head] | (block[head + 1] << 8)]
     dmin = table[block[head + 2] | (block[head + 3] << 8)]
-    scale, minimum = levels(block, bits, run if bits == 2 else run >> 1)
-    return d * scale, dmin * minimum
+    n = 16 if bits == 2 else 32
+    for start in range(0, WEIGHTS, n):
+        level, minimum = levels(block, bits, start // n)
+        lines[start : start + n] = d * level
+        lines[WEIGHTS + start : WEIGHTS + start + n] = dmin * minimum
+
+
+@kernel
+def _round(weights: Floats, lines: Floats, codes: Bytes, top: np.int32) -> None:
+    """The nearest codes."""
+    for i in range(WEIGHTS):
+        at_i, low = np.uint64(i), np.uint64(WEIGHTS + i)
+        code = clip(nearest((weights[at_i] + lines[low]) / lines[at_i]), top)
+        codes[at_i] = np.uint8(code)
+
+
+@kernel
+def _keep_searched(
+    weights: Floats, lines: Floats, codes: Bytes, column: Floats, form: Form
+) -> None:
+    """Where a code adds nothing, the search's codes. column: series from the block's lane on."""
+    n, top = form.task[0], form.task[1]
+    for sub in range(WEIGHTS // n):
+        if lines[sub * n] != _ZERO:
+            continue
+        slope, origin = column[at(_SLOPES + sub, 0)], column[at(_SLOPES + sub, BATCH)]
+        for i in range(sub * n, (sub + 1) * n):
+            codes[i] = np.uint8(clip(nearest(slope * (weights[i] - origin)), top))
 
 
 @kernel
@@ -152,47 +180,65 @@ def _weigh_by_size(tiles: Floats, n: int) -> None:
         top = group * affine_search.ROWS
         for lane in range(LANES):
             tiles[at(top + L, lane)] = _ZERO
-        for i in range(n):
-            for lane in range(LANES):
-                x = tiles[at(top + X + i, lane)]
-                tiles[at(top + L, lane)] += x * x
+        if n == 32:
+            _add_squares(tiles, top, n)
         for lane in range(LANES):
-            mean = tiles[at(top + L, lane)] / np.float32(32)
-            tiles[at(top + L, lane)] = np.sqrt(mean) if n == 32 else _ZERO
-        for i in range(n):
+            tiles[at(top + L, lane)] = np.sqrt(tiles[at(top + L, lane)] / np.float32(32))
+        for start in range(0, n, UNROLLED):
             for lane in range(LANES):
-                size = abs(tiles[at(top + X + i, lane)])
-                tiles[at(top + W + i, lane)] = tiles[at(top + L, lane)] + size
+                mean = tiles[at(top + L, lane)]
+                for i in range(UNROLLED):
+                    row = top + start + i
+                    tiles[at(row + W, lane)] = mean + abs(tiles[at(row + X, lane)])
+
+
+@kernel
+def _add_squares(tiles: Floats, top: int, n: int) -> None:
+    """Adds the squares of a group's weights to its first scratch row."""
+    for start in range(0, n, UNROLLED):
+        for lane in range(LANES):
+            total = tiles[at(top + L, lane)]
+            for i in range(UNROLLED):
+                x = tiles[at(top + X + start + i, lane)]
+                total += x * x
+            tiles[at(top + L, lane)] = total
 
 
 @kernel
 def _weigh_by_importance(tiles: Floats, n: int) -> None:
     """Turns importance into importance * sqrt(m + x^2)."""
-    for lane in range(LANES):
-        tiles[at(L, lane)] = _ZERO
+    means = affine_search.aligned(LANES)
     for sub in range(WEIGHTS // n):
-        top, side = (sub >> 1) * affine_search.ROWS + X, (sub & 1) * BATCH
-        for i in range(n):
-            for b in range(BATCH):
-                x = tiles[at(top + i, side + b)]
-                tiles[at(L, b)] += x * x
+        _add_squares_of_blocks(tiles, (sub >> 1) * affine_search.ROWS, (sub & 1) * BATCH, n, means)
     for b in range(BATCH):
-        total = tiles[at(L, b)]
-        mean = (total if n == 16 else np.float32(2) * total) / np.float32(WEIGHTS)
-        tiles[at(L, b)] = mean
-        tiles[at(L, BATCH + b)] = mean
+        total = means[b] if n == 16 else np.float32(2) * means[b]
+        means[b] = means[BATCH + b] = total / np.float32(WEIGHTS)
     for group in range(WEIGHTS // (2 * n)):
-        top = group * affine_search.ROWS
-        for i in range(n):
+        for start in range(0, n, UNROLLED):
+            top = group * affine_search.ROWS + start
             for lane in range(LANES):
-                x = tiles[at(top + X + i, lane)]
-                tiles[at(top + W + i, lane)] *= np.sqrt(tiles[at(L, lane)] + x * x)
+                mean = means[at(0, lane)]
+                for i in range(UNROLLED):
+                    x = tiles[at(top + X + i, lane)]
+                    tiles[at(top + W + i, lane)] *= np.sqrt(mean + x * x)
+
+
+@kernel
+def _add_squares_of_blocks(tiles: Floats, top: int, side: int, n: int, sums: Floats) -> None:
+    """Adds to sums those of one sub-block of each block."""
+    for start in range(0, n, UNROLLED):
+        for b in range(BATCH):
+            total = sums[at(0, b)]
+            for i in range(UNROLLED):
+                x = tiles[at(top + X + start + i, side + b)]
+                total += x * x
+            sums[at(0, b)] = total
 
 
 @kernel
 def _search(tiles: Floats, series: Floats, form: Form) -> None:
     """The scales and the minima of a tile's sub-blocks, as series for the search of levels."""
-    state = np.zeros(affine_search.FIELDS * LANES, np.float32)
+    state = affine_search.aligned(affine_search.FIELDS * LANES)
     for group in range(WEIGHTS // (2 * form.task[0])):
         affine_search.search(tiles[group * _TILE : (group + 1) * _TILE], state, form.task)
         for side in range(2):
@@ -216,30 +262,6 @@ def _put_levels(block: Bytes, series: Floats, lane: int, form: Form) -> None:
     for sub in range(WEIGHTS // form.task[0]):
         scale, minimum = series[at(LEVEL + sub, lane)], series[at(LEVEL + sub, BATCH + lane)]
         put_levels(block, form.bits, sub, np.int64(scale), np.int64(minimum))
-
-
-@kernel
-def _encode(
-    weights: Floats, block: Bytes, column: Floats, codes: Bytes, table: Floats, form: Form
-) -> None:
-    """The codes nearest with the levels kept; the search's where the scale is 0.
-
-    column: series from the block's lane on.
-    """
-    top, n = form.task[1], form.task[0]
-    for run in range(WEIGHTS // _RUN):
-        scale, low = _scale(block, form.bits, run, table)
-        start = run * _RUN
-        sub = start // n
-        slope, origin = column[at(_SLOPES + sub, 0)], column[at(_SLOPES + sub, BATCH)]
-        if scale == _ZERO:
-            for i in range(_RUN):
-                code = clip(nearest(slope * (weights[start + i] - origin)), top)
-                codes[start + i] = np.uint8(code)
-        else:
-            for i in range(_RUN):
-                code = clip(nearest((weights[start + i] + low) / scale), top)
-                codes[start + i] = np.uint8(code)
 
 
 _Quantizer = Callable[..., None]
