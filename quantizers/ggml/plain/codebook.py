@@ -20,7 +20,7 @@ from dqconvert.quantizers.ggml.plain.lanes import Quantize
 _WINDOW = 1 << 14
 """Pairs of a lane and a neighbour that are worth a pass of their own."""
 
-_ROOM = {"cpu": 1 << 18, "cuda": 1 << 26}
+ROOM = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Numbers that a search holds for all of its steps at once."""
 
 
@@ -97,18 +97,24 @@ class Codebook:
         best = torch.full_like(errors.scale, torch.inf)
         chosen = self.neighbours.index_select(0, first)
         for place, width, lanes in _windows(above):
-            steps = torch.arange(place, place + width, device=codes.device, dtype=torch.int32)
-            where = torch.minimum(first[:lanes] + steps[:, None], last[:lanes])
-            points = self.neighbours.index_select(0, where.flatten())
-            error = errors(points, width, lanes)
-            points = points.view(width, lanes)
-            if width > 1:
-                error, row = error.min(0)
-                points = points.gather(0, row[None])
-            better = error.view(-1) < best[:lanes]
-            best[:lanes] = torch.where(better, error.view(-1), best[:lanes])
-            chosen[:lanes] = torch.where(better, points.view(-1), chosen[:lanes])
+            points, error = self._window(first[:lanes], last[:lanes], place, width, errors)
+            better = error < best[:lanes]
+            torch.where(better, error, best[:lanes], out=best[:lanes])
+            torch.where(better, points, chosen[:lanes], out=chosen[:lanes])
         return chosen
+
+    def _window(
+        self, first: Tensor, last: Tensor, place: int, width: int, errors: _Errors
+    ) -> tuple[Tensor, Tensor]:
+        """The best point and its error [lanes] among some neighbours from a place on."""
+        if width == 1:
+            points = self.neighbours.index_select(0, first + place)
+            return points, errors(points, 1, len(first))[0]
+        steps = torch.arange(place, place + width, device=first.device, dtype=torch.int32)
+        places = torch.minimum(first + steps[:, None], last)
+        points = self.neighbours.index_select(0, places.flatten())
+        error, row = errors(points, width, len(first)).min(0)
+        return points.view(width, -1).gather(0, row[None])[0], error
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,23 +157,23 @@ def codebook(code: str, device: torch.device) -> Codebook:
     grid = grids.grid(code)
     levels = grid.levels.T.astype(np.float32)
     factors = levels - 1 if code.startswith("iq1") else 2 * levels + 1
-    tables = (
-        grid.values,
-        factors,
-        grid.index,
-        grid.starts[:-1],
-        np.diff(grid.starts),
-        grid.neighbours.astype(np.int32),
-    )
-    moved = (torch.from_numpy(np.ascontiguousarray(table)).to(device) for table in tables)
-    return Codebook(*moved, base=grid.base)
+    tables = {
+        "values": grid.values,
+        "factors": factors,
+        "index": grid.index,
+        "starts": grid.starts[:-1],
+        "counts": np.diff(grid.starts),
+        "neighbours": grid.neighbours.astype(np.int32),
+    }
+    moved = {name: torch.from_numpy(table.copy()).to(device) for name, table in tables.items()}
+    return Codebook(base=grid.base, **moved)
 
 
 def shared(kernel: Quantize, numbers: int) -> Quantize:
     """A kernel over blocks that gets fewer of them at once: it holds that many numbers for one."""
 
     def quantize(blocks: Tensor, importance: Tensor | None) -> Tensor:
-        room = _ROOM.get(blocks.device.type, _ROOM["cpu"])
+        room = ROOM.get(blocks.device.type, ROOM["cpu"])
         step = max(1, room // numbers)
         parts = blocks.split(step)
         if importance is None:

@@ -68,11 +68,11 @@ def cut_together(x: Tensor, weight: Tensor, floor: float) -> Cut:
     for first in range(count + 1):
         xq = x.new_empty((count + 1 - first, 2, x.shape[1]))
         qq = torch.empty_like(xq)
-        for kind, levels in enumerate((_PLUS, _MINUS)):
-            a, b, c = (of * level for of, level in zip(_parts(xs, first), levels, strict=True))
+        for kind, values in enumerate((_PLUS, _MINUS)):
+            a, b, c = (of * value for of, value in zip(_parts(xs, first), values, strict=True))
             xq[:, kind] = a + b + c
             a, b, c = (
-                of * level * level for of, level in zip(_parts(ws, first), levels, strict=True)
+                of * value * value for of, value in zip(_parts(ws, first), values, strict=True)
             )
             qq[:, kind] = a + b + c
         best.offer(xq, qq, first)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dqconvert.quantizers.ggml.plain.codebook import Codebook, codebook
 from dqconvert.quantizers.ggml.plain.fields import half
 from dqconvert.quantizers.ggml.plain.fits import unsigned
-from dqconvert.quantizers.ggml.plain.lanes import divide, nearest, root, total
+from dqconvert.quantizers.ggml.plain.lanes import divide, lanes, nearest, root, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,11 @@ def _solution(points: Tensor, signs: Tensor, scale: Tensor, filled: Tensor) -> S
 def weights(search: Search, blocks: Tensor, importance: Tensor | None) -> Tensor:
     """What squared errors of blocks [n, 256] count."""
     square = blocks * blocks
-    mean = (search.spread * total(square.T.contiguous()) / blocks.shape[1])[:, None]
+    if importance is None and not search.offset:
+        return square
+    mean = (total(square.T.contiguous()) * search.spread / blocks.shape[1])[:, None]
     if importance is None:
-        return search.offset * mean + square if search.offset else square
+        return mean * search.offset + square
     return importance * root(mean + square)
 
 
@@ -167,14 +169,15 @@ def _signs(blocks: Tensor, weight: Tensor, even: bool) -> tuple[Tensor, Tensor]:
         odd = negative.sum(-1, keepdim=True) % 2 == 1
         cheapest = costs.argmin(-1, keepdim=True)
         negative = negative ^ torch.zeros_like(negative).scatter_(-1, cheapest, odd)
-    bits = 1 << torch.arange(8, device=blocks.device, dtype=torch.int32)
+    bits: Tensor = negative.int() << torch.arange(8, device=blocks.device, dtype=torch.int32)
     x = torch.where(negative.flatten(1), -blocks, blocks)
-    return (negative * bits).sum(-1, dtype=torch.int32), x
+    return bits.sum(-1, dtype=torch.int32), x
 
 
 def _side_by_side(blocks: Tensor, size: int, dims: int) -> Tensor:
     """Sub-blocks of blocks [n, 256] as [groups, dims, lanes]."""
-    return blocks.view(-1, size).T.contiguous().unflatten(0, (-1, dims))
+    found: Tensor = lanes(blocks, size).unflatten(0, (-1, dims))
+    return found
 
 
 def _best(

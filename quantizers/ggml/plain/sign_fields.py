@@ -48,7 +48,7 @@ def split_nibbles(packed: Tensor) -> Tensor:
 def sevens(sign: Tensor, codes: Tensor) -> Tensor:
     """Words [n, 8] int64 of sign bytes [n, 32], 7 bits of each, and codes [n, 8] above them."""
     shifts = torch.arange(0, 28, 7, device=sign.device)
-    low = (sign & 127).long().unflatten(1, (8, 4)) << shifts
+    low: Tensor = (sign & 127).long().unflatten(1, (8, 4)) << shifts
     return low.sum(-1) | codes.long() << 28
 
 
@@ -66,5 +66,6 @@ def little(values: Tensor, count: int) -> Tensor:
 
 def from_little(packed: Tensor, count: int) -> Tensor:
     """The opposite, int64."""
-    parts = packed.long().unflatten(-1, (-1, count))
-    return (parts << torch.arange(0, 8 * count, 8, device=packed.device)).sum(-1)
+    shifts = torch.arange(0, 8 * count, 8, device=packed.device)
+    parts: Tensor = packed.long().unflatten(-1, (-1, count)) << shifts
+    return parts.sum(-1)
