@@ -13,15 +13,18 @@ on its own column alone: unused lanes may hold any finite numbers. The number of
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dqconvert.quantizers.ggml.compiled.floats import nearest
 from dqconvert.quantizers.ggml.jit import kernel
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
+Integers = NDArray[np.int32]
 
 LANES = 128
 SMALLEST = np.float32(1e-15)
@@ -29,28 +32,38 @@ SMALLEST = np.float32(1e-15)
 
 _ZERO = np.float32(0)
 _TENTH = np.float32(0.1)
-_STEPS = 9
+_STEPS = tuple((s, s + 1) if s != -1 else (-1, 1) for s in (-9, -7, -5, -3, -1, 2, 4, 6, 8))
 
 
 class Fit(NamedTuple):
     """What the search keeps of each lane, float32 [lanes] each.
 
     scale and inverse are its result: the fitted scale, and the inverse scale that rounds to the
-    winner's levels (see levels). Both are 0 where a lane holds zeros.
+    winner's levels (see levels). Both are 0 where a lane holds zeros. Two inverse scales are tried
+    at a time: tried, and the sums lx of w x l and ll of w l l, are [2, lanes].
     """
 
     scale: Floats
     inverse: Floats
     extreme: Floats
-    tried: Floats
     best: Floats
+    tried: Floats
     lx: Floats
     ll: Floats
 
 
 def fit(lanes: int = LANES) -> Fit:
     """Room for a search over so many lanes."""
-    return Fit(*np.empty((len(Fit._fields), lanes), np.float32))
+    one, two = aligned((4, lanes)), aligned((3, 2, lanes))
+    return Fit(one[0], one[1], one[2], one[3], two[0], two[1], two[2])
+
+
+def aligned(shape: tuple[int, ...]) -> Floats:
+    """An empty float32 array that starts with a cache line: vectors of 64 bytes do not straddle."""
+    count = math.prod(shape)
+    buffer = np.empty(count + 16, np.float32)
+    start = -buffer.ctypes.data % 64 // 4
+    return buffer[start : start + count].reshape(shape)
 
 
 @kernel
@@ -60,70 +73,81 @@ def search(x: Floats, weights: Floats, moments: Floats, top: int, found: Fit) ->
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             moments[i, j] = weights[i, j] * x[i, j]
-    _try(x, weights, moments, (np.float32(top), np.float32(-top)), found)
+    _try(x, weights, moments, top, (0, 0), found)
     for j in range(x.shape[1]):
-        scale = found.lx[j] / found.ll[j] if found.ll[j] != _ZERO else _ZERO
-        found.scale[j] = scale
-        found.best[j] = scale * found.lx[j]
-        found.inverse[j] = found.tried[j]
-    for step in range(-_STEPS, _STEPS + 1):
-        if step != 0:
-            numerator = -np.float32(np.float32(top) + _TENTH * np.float32(step))
-            _try(x, weights, moments, (np.float32(top), numerator), found)
-            _choose(found)
+        lx, ll = found.lx[0, j], found.ll[0, j]
+        found.scale[j] = lx / ll if ll != _ZERO else _ZERO
+        found.best[j] = found.scale[j] * lx
+        found.inverse[j] = found.tried[0, j]
+    for first, second in _STEPS:
+        _try(x, weights, moments, top, (first, second), found)
+        _choose(found.tried[0], found.lx[0], found.ll[0], found)
+        _choose(found.tried[1], found.lx[1], found.ll[1], found)
     for j in range(x.shape[1]):
         empty = abs(found.extreme[j]) < SMALLEST
         found.scale[j] = _ZERO if empty else found.scale[j]
-        found.inverse[j] = _ZERO if empty else found.inverse[j]
 
 
 @kernel
 def extremes(x: Floats, extreme: Floats) -> None:
     """extreme[lane] = the first number of largest magnitude of a lane."""
     for j in range(x.shape[1]):
-        extreme[j] = x[0, j]
-    for i in range(1, x.shape[0]):
+        extreme[j] = _ZERO
+    for i in range(x.shape[0]):
         for j in range(x.shape[1]):
             extreme[j] = x[i, j] if abs(x[i, j]) > abs(extreme[j]) else extreme[j]
 
 
 @kernel
-def levels(x: Floats, inverse: Floats, top: int, out: Bytes) -> None:
+def levels(x: Floats, found: Fit, top: int, out: Bytes) -> None:
     """out uint8 [n, lanes] = the levels + top that the search found; 0 where lanes hold zeros."""
-    base = np.float32(top)
+    extreme, inverse = found.extreme, found.inverse
+    least, most = np.int32(-top), np.int32(top - 1)
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            rounded = min(max(np.rint(inverse[j] * x[i, j]), -base), base - np.float32(1))
-            found = np.int32(rounded + base)
-            out[i, j] = np.uint8(found if inverse[j] != _ZERO else np.int32(0))
+            level = min(max(nearest(inverse[j] * x[i, j]), least), most) - least
+            out[i, j] = np.uint8(level if abs(extreme[j]) >= SMALLEST else np.int32(0))
+
+
+@kernel
+def _open(row: int, numerator: np.float32, found: Fit) -> None:
+    """The inverse scale of every lane; no sums yet."""
+    for j in range(found.extreme.shape[0]):
+        found.tried[row, j] = numerator / found.extreme[j]
+        found.lx[row, j] = _ZERO
+        found.ll[row, j] = _ZERO
 
 
 @kernel
 def _try(
-    x: Floats, weights: Floats, moments: Floats, limits: tuple[np.float32, np.float32], found: Fit
+    x: Floats, weights: Floats, moments: Floats, top: int, steps: tuple[int, int], found: Fit
 ) -> None:
-    """The sums of w x l and w l l for the levels of one inverse scale; limits: top, numerator."""
-    top, numerator = limits
-    least, most = -top, top - np.float32(1)
-    tried, lx, ll = found.tried, found.lx, found.ll
-    for j in range(x.shape[1]):
-        tried[j] = numerator / found.extreme[j]
-        lx[j] = _ZERO
-        ll[j] = _ZERO
+    """The sums of w x l and w l l for the levels of two inverse scales."""
+    least, most = -np.float32(top), np.float32(top - 1)
+    for row in range(2):
+        numerator = np.float32(np.float32(top) + _TENTH * np.float32(steps[row]))
+        _open(row, -numerator, found)
+    a, b = found.tried[0], found.tried[1]
+    a_lx, a_ll, b_lx, b_ll = found.lx[0], found.ll[0], found.lx[1], found.ll[1]
     for i in range(x.shape[0]):
         for j in range(x.shape[1]):
-            rounded = min(max(np.rint(tried[j] * x[i, j]), least), most)
-            lx[j] += moments[i, j] * rounded
-            ll[j] += weights[i, j] * rounded * rounded
+            level = min(max(np.rint(a[j] * x[i, j]), least), most)
+            a_lx[j] += moments[i, j] * level
+            a_ll[j] += weights[i, j] * level * level
+            level = min(max(np.rint(b[j] * x[i, j]), least), most)
+            b_lx[j] += moments[i, j] * level
+            b_ll[j] += weights[i, j] * level * level
 
 
 @kernel
-def _choose(found: Fit) -> None:
+def _choose(tried: Floats, lx: Floats, ll: Floats, found: Fit) -> None:
     """Takes what was tried where it explains more."""
-    lx, ll, best = found.lx, found.ll, found.best
+    best, scale, inverse = found.best, found.scale, found.inverse
     for j in range(lx.shape[0]):
         better = (ll[j] > _ZERO) & (lx[j] * lx[j] > best[j] * ll[j])
-        scale = lx[j] / ll[j]
-        found.scale[j] = scale if better else found.scale[j]
-        found.best[j] = scale * lx[j] if better else best[j]
-        found.inverse[j] = found.tried[j] if better else found.inverse[j]
+        inverse[j] = tried[j] if better else inverse[j]
+    for j in range(lx.shape[0]):
+        better = (ll[j] > _ZERO) & (lx[j] * lx[j] > best[j] * ll[j])
+        fitted = lx[j] / ll[j]
+        scale[j] = fitted if better else scale[j]
+        best[j] = fitted * lx[j] if better else best[j]
