@@ -104,16 +104,17 @@ class CanonicalSource:
         return f"{self.source.where(origin.tensor)}: tensor {origin.tensor}"
 
 
-def open_canonical(source: Source, path: Path) -> CanonicalSource:
+def open_canonical(source: Source, path: Path, part: str = "") -> CanonicalSource:
     """Recognise the family and the dialect of a checkpoint from its headers.
 
-    Raises SourceError if it is no transformer of a known family, incomplete, or already
-    quantized.
+    part: only tensors that begin with it are looked at. Raises SourceError if it is no transformer
+    of a known family, incomplete, or already quantized.
     """
     for family in families().values():
         for prefix in (*family.prefixes, ""):
             unread = tuple(prefix + name for name in family.unread)
-            names = [n for n in source.infos if n.startswith(prefix) and not n.startswith(unread)]
+            ours = (n for n in source.infos if n.startswith(prefix) and n.startswith(part))
+            names = [name for name in ours if not name.startswith(unread)]
             for dialect in family.sources:
                 origins = _origins(source.infos, names, prefix, family, dialect)
                 if _is_of(family, origins):

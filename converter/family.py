@@ -95,9 +95,9 @@ class Family:
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
     mixed schemes keep at the better format without calibration. video: whether it makes videos.
     unguided: in the names of models that are made to run without guidance. architecture: what GGUF
-    files call it, "" where no reader of them knows it. folds: where the model
-    itself can hold a smooth vector and a center. outside: linears outside the blocks that some
-    policy names.
+    files call it, "" where no reader of them knows it. tokens: canonical token embedding whose
+    tokenizer a GGUF file holds. folds: where the model itself can hold a smooth vector and a
+    center. outside: linears outside the blocks that some policy names.
     """
 
     name: str
@@ -127,6 +127,7 @@ class Family:
     video: bool = False
     unguided: tuple[str, ...] = ()
     architecture: str = ""
+    tokens: str = ""
 
     def dialect_of(self, target: str, dialect: str) -> str:
         """The naming that a target writes: one of its own if the family has it, else its usual."""

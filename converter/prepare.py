@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dqconvert.converter import tokenizers
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import Job
 from dqconvert.converter.options import PlanOptions
@@ -15,7 +16,7 @@ from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import recognize, target
+from dqconvert.formats.targets import Target, recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import ALL, CODES, Scheme
@@ -127,7 +128,8 @@ def prepare(job: Job) -> Prepared:
         raise SourceError(
             f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
         )
-    source = open_canonical(raw, model.path)
+    source = open_canonical(raw, model.path, model.part)
+    tokens = _tokenizer(model, source, goal)
     calibration = plan_calibration(job, model, source, _learns(job, chosen))
     options = PlanOptions(
         rank=job.rank,
@@ -139,14 +141,32 @@ def prepare(job: Job) -> Prepared:
         zero_points=job.zero_points,
         overrides=job.overrides,
         settings=job.settings,
-        provenance=_provenance(model),
+        provenance=_provenance(model) | (tokens or {}),
         bits=job.bits,
     )
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
     _check_apart(output, [*raw.files, *(one for one in (job.calib, job.imatrix) if one)])
-    return Prepared(job, model, source, plan, calibration, output, options)
+    lack = () if tokens is not None else (_NO_TOKENIZER,)
+    return Prepared(job, model, source, plan, calibration, output, options, lack)
+
+
+_NO_TOKENIZER = (
+    "no tokenizer lies beside the encoder (tokenizer.json or spiece.model), so the file has none; "
+    "ComfyUI-GGUF cannot do without"
+)
+
+
+def _tokenizer(model: Model, source: CanonicalSource, goal: Target) -> dict[str, Any] | None:
+    """The tokenizer's keys where readers want them in the file; None where there is none."""
+    family = source.family
+    if not family.tokens or family.dialect_of(goal.NAME, goal.DIALECT) != "gguf":
+        return {}
+    folder = tokenizers.folder_beside(model.path)
+    if folder is None:
+        return None
+    return tokenizers.metadata(folder, source.infos[family.tokens].shape[0])
 
 
 def _learns(job: Job, chosen: Scheme) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Model:
     name: short, for file names; path: of the transformer's weights; pipeline: folder with
     model_index.json, None where only the transformer is there; config: of the transformer, None
     where no config.json lies beside it; origin: what a model card names as its base; license: of
-    the base model, if known.
+    the base model, if known; part: what the names of tensors begin with that are meant.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Model:
     config: dict[str, Any] | None
     origin: str | None = None
     license: str | None = None
+    part: str = ""
 
 
 def embedded() -> dict[str, Path]:
@@ -58,8 +59,15 @@ def resolve(name: str, whole: bool = False, component: str = TRANSFORMER) -> Mod
     """The model that a word on the command line means.
 
     whole: calibration follows, so the text encoders are needed too; component: the folder of a
-    pipeline that is meant. Raises SourceError, or UnknownName with near names.
+    pipeline that is meant, or FOLDER.PART for tensors in it that begin with PART. Raises
+    SourceError, or UnknownName with near names.
     """
+    folder, _, part = component.partition(".")
+    found = _resolve(name, whole, folder)
+    return replace(found, name=f"{found.name}.{part}", part=f"{part}.") if part else found
+
+
+def _resolve(name: str, whole: bool, component: str) -> Model:
     inside = embedded()
     if name in inside:
         return _local(inside[name], name, component, license="apache-2.0")

@@ -154,7 +154,9 @@ class _Reference:
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
         model = resolve(model_name, component=found.manifest.component)
-        self.source: CanonicalSource = open_canonical(open_source(model.path), model.path)
+        self.source: CanonicalSource = open_canonical(
+            open_source(model.path), model.path, model.part
+        )
         identity = (model.name, config_of(model, self.source))
         options = _options(found, scheme_name)
         plan = partial(make_plan, self.source, found.target, scheme(scheme_name))

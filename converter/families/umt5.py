@@ -120,6 +120,7 @@ FAMILY = Family(
     dialects={"native": _NATIVE, "transformers": (), "lightx2v": _NATIVE, "gguf": GGUF},
     sources=("native", "transformers", "gguf"),
     architecture=ARCHITECTURE,
+    tokens="shared.weight",
     prefixes=(),
     # The same as shared.weight; ComfyUI's files hold the tokenizer.
     unread=("encoder.embed_tokens.weight", "spiece_model"),

@@ -214,14 +214,19 @@ def _problems(
 
 
 def filename(context: FileContext) -> str:
-    """flux1-dev-Q4_K_M.gguf; flux1-dev-4.50BPW.gguf where each layer has the type it needs."""
+    """flux1-dev-Q4_K_M.gguf; flux1-dev-4.50BPW.gguf where each layer has the type it needs.
+
+    Of a vision tower, qwen-image-text_encoder.visual-mmproj-Q8_0.gguf: ComfyUI-GGUF looks for it
+    by that word.
+    """
     name = context.scheme.name.removeprefix(PREFIX).upper()
     if context.scheme.name == AUTO:
         forms = list(context.layers.values())
         weights = sum(form.shape[0] * form.shape[1] for form in forms)
         size = sum(promise(form)["weight"].nbytes for form in forms)
         name = f"{8 * size / max(weights, 1):.2f}BPW"
-    return f"{context.model}-{name}.gguf"
+    what = "-mmproj" if context.facts.get("general.type") == "mmproj" else ""
+    return f"{context.model}{what}-{name}.gguf"
 
 
 def metadata(context: FileContext) -> dict[str, Any]:
