@@ -3,7 +3,7 @@
 Lanes. A flat float32 array [ROWS, LANES] of affine_search.at holds the scales of up to LANES
 series at once, such as a block's scales and a block's minima:
 
-    row VALUE + i   value i of each series, i < n <= 16
+    row VALUE + i   value i of each series, i < n, 8 or 16
     row COUNT + i   how much its squared error counts; for search only
     row LEVEL + i   filled in: its level, of the uint8 that ggml keeps
     row UNIT        filled in: the value of a level of 1, before fp16
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from dqconvert.quantizers.ggml.compiled.affine_search import LANES, Floats, at
+from dqconvert.quantizers.ggml.compiled.affine_search import LANES, UNROLLED, Floats, at
 from dqconvert.quantizers.ggml.compiled.floats import nearest
 from dqconvert.quantizers.ggml.jit import kernel
 
-VALUE, COUNT, LEVEL, UNIT, ROWS = 0, 16, 32, 48, 54
+VALUE, COUNT, LEVEL, UNIT, ROWS = 0, 16, 32, 48, 56
 _HIGH, _SLOPE, _BEST, _XL, _LL = 49, 50, 51, 52, 53
+_TRIED, _ERROR = 54, 55
 
 _NOTHING = np.float32(1e-15)  # GROUP_MAX_EPS
 _NUDGE = np.float32(0.1)
 _ZERO, _ONE = np.float32(0), np.float32(1)
-_ROUNDS = 5
+_STEPS, _ROUNDS = 9, 5
 
 
 @kernel
@@ -47,10 +48,14 @@ def spread(series: Floats, n: int, top: np.int32, limit: np.float32) -> None:
 @kernel
 def search(series: Floats, n: int, top: np.int32, limit: np.float32) -> None:
     """Levels of the least weighted squared error that make_qp_quants finds; none above limit."""
-    _open(series, n, np.float32(top))
-    for step in range(-4, 5):
-        if step != 0:
-            _nudge(series, n, top, step)
+    _describe(series, n)
+    for step in range(_STEPS):
+        # The range itself comes first, then tenths of a level less and more.
+        tenths = 0 if step == 0 else step - 5 if step < 5 else step - 4
+        _try_slope(series, _NUDGE * np.float32(tenths) + np.float32(top))
+        for start in range(0, n, UNROLLED):
+            _measure(series, start, top, step == 0)
+        _choose(series, step == 0)
     _settle(series, n, top)
     for _ in range(_ROUNDS):
         for i in range(n):
@@ -65,57 +70,75 @@ def _wrapped(level: np.int32) -> np.float32:
 
 
 @kernel
-def _open(series: Floats, n: int, top: np.float32) -> None:
-    """The largest values, the slopes that put them at top, and the error of their levels."""
+def _describe(series: Floats, n: int) -> None:
+    """The largest values."""
     for lane in range(LANES):
-        high = _ZERO
-        for i in range(n):
-            value = series[at(VALUE + i, lane)]
-            high = high if high > value else value
-        series[at(_HIGH, lane)] = high
-    for lane in range(LANES):
-        slope = top / series[at(_HIGH, lane)]
-        unit, error = _ONE / slope, _ZERO
-        for i in range(n):
-            value = series[at(VALUE + i, lane)]
-            off = value - unit * _wrapped(nearest(slope * value))
-            error += series[at(COUNT + i, lane)] * off * off
-        series[at(_SLOPE, lane)] = slope
-        series[at(_BEST, lane)] = error
+        series[at(_HIGH, lane)] = _ZERO
+    for i in range(n):
+        for lane in range(LANES):
+            value, high = series[at(VALUE + i, lane)], series[at(_HIGH, lane)]
+            series[at(_HIGH, lane)] = high if high > value else value
 
 
 @kernel
-def _nudge(series: Floats, n: int, top: np.int32, step: int) -> None:
-    """A slope with step tenths of a level more takes over where its error is smaller."""
-    span = _NUDGE * np.float32(step) + np.float32(top)
+def _try_slope(series: Floats, span: np.float32) -> None:
+    """The slope that puts the largest value at span, and its unit."""
     for lane in range(LANES):
         slope = span / series[at(_HIGH, lane)]
-        unit, error = _ONE / slope, _ZERO
-        for i in range(n):
-            value = series[at(VALUE + i, lane)]
+        series[at(_TRIED, lane)] = slope
+        series[at(UNIT, lane)] = _ONE / slope
+        series[at(_ERROR, lane)] = _ZERO
+
+
+@kernel
+def _measure(series: Floats, start: int, top: np.int32, first: bool) -> None:
+    """Adds the error of 8 levels, of which ggml keeps the first slope's as uint8."""
+    for lane in range(LANES):
+        slope, unit = series[at(_TRIED, lane)], series[at(UNIT, lane)]
+        error = series[at(_ERROR, lane)]
+        for i in range(UNROLLED):
+            value = series[at(VALUE + start + i, lane)]
             level = nearest(slope * value)
-            off = value - unit * np.float32(top if level > top else level)
-            error += series[at(COUNT + i, lane)] * off * off
-        best = series[at(_BEST, lane)]
-        series[at(_SLOPE, lane)] = slope if error < best else series[at(_SLOPE, lane)]
-        series[at(_BEST, lane)] = error if error < best else best
+            limited = np.float32(top if level > top else level)
+            off = value - unit * (_wrapped(level) if first else limited)
+            error += series[at(COUNT + start + i, lane)] * off * off
+        series[at(_ERROR, lane)] = error
+
+
+@kernel
+def _choose(series: Floats, first: bool) -> None:
+    """The slope takes over where its error is smaller."""
+    for lane in range(LANES):
+        error, best = series[at(_ERROR, lane)], series[at(_BEST, lane)]
+        wins = first | (error < best)
+        slope, tried = series[at(_SLOPE, lane)], series[at(_TRIED, lane)]
+        series[at(_SLOPE, lane)] = tried if wins else slope
+        series[at(_BEST, lane)] = error if wins else best
 
 
 @kernel
 def _settle(series: Floats, n: int, top: np.int32) -> None:
     """The winner's levels and the sums of their normal equation."""
     for lane in range(LANES):
-        slope, xl, ll = series[at(_SLOPE, lane)], _ZERO, _ZERO
-        for i in range(n):
-            value, count = series[at(VALUE + i, lane)], series[at(COUNT + i, lane)]
-            level = nearest(slope * value)
-            level = top if level > top else level
-            series[at(LEVEL + i, lane)] = _wrapped(level)
-            code = np.float32(level)
-            xl += count * value * code
-            ll += count * code * code
-        series[at(_XL, lane)] = xl
-        series[at(_LL, lane)] = ll
+        series[at(_XL, lane)] = _ZERO
+        series[at(_LL, lane)] = _ZERO
+    for start in range(0, n, UNROLLED):
+        for lane in range(LANES):
+            slope = series[at(_SLOPE, lane)]
+            xl, ll = series[at(_XL, lane)], series[at(_LL, lane)]
+            for i in range(UNROLLED):
+                value, count = (
+                    series[at(VALUE + start + i, lane)],
+                    series[at(COUNT + start + i, lane)],
+                )
+                level = nearest(slope * value)
+                level = top if level > top else level
+                series[at(LEVEL + start + i, lane)] = _wrapped(level)
+                code = np.float32(level)
+                xl += count * value * code
+                ll += count * code * code
+            series[at(_XL, lane)] = xl
+            series[at(_LL, lane)] = ll
 
 
 @kernel
