@@ -50,6 +50,9 @@ PURE = "pure"
 TINY = 1024
 """Tensors with up to so many elements are F32."""
 
+ADDED = ("position_embedding.weight", "attn_rel_b.weight")
+"""Matrices of text encoders that runtimes add as they are, without a linear that decodes them."""
+
 HALVES = ("F16", "BF16")
 PROVENANCE = "general."
 """What keys that say who made a file begin with; ARCHITECTURE and others in KEYS say what it is."""
@@ -108,6 +111,7 @@ def fitting(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec:
 def kept(name: str, info: TensorInfo) -> str:
     """The dtype of a tensor that stays unquantized."""
     matrix = name.endswith(".weight") and len(info.shape) == 2 and info.numel > TINY
+    matrix = matrix and not name.endswith(ADDED)
     return info.dtype if matrix and info.dtype in HALVES else "F32"
 
 
