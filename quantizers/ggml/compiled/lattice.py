@@ -92,6 +92,7 @@ class Work(NamedTuple):
     odds             [sub, LANES] float32       their 2 level + 1
     inverse, scale   [LANES] float32
     sums             [2, LANES] float32         Σ w x q and Σ w q²
+    levels, again    [sub] int32, float32       levels and 2 level + 1 for the scale that won
     """
 
     x: NDArray[np.float32]
@@ -107,6 +108,8 @@ class Work(NamedTuple):
     inverse: NDArray[np.float32]
     scale: NDArray[np.float32]
     sums: NDArray[np.float32]
+    levels: NDArray[np.int32]
+    again: NDArray[np.float32]
 
 
 Tools = tuple[Lattice, Rule, Work]
@@ -121,12 +124,13 @@ def steps(middle: int, step: float, last: int) -> NDArray[np.float32]:
 def lattice(grid: Grid) -> Lattice:
     """The tables of a grid."""
     counts = np.diff(grid.starts)
-    chunks = -(-counts // SIDE)
+    chunks = np.maximum(-(-counts // SIDE), 1)
     starts = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int32)
     codes = np.repeat(np.arange(len(counts)), chunks)
     places = (np.arange(len(codes)) - starts[codes])[:, None] * SIDE + np.arange(SIDE)
-    places = np.minimum(places, counts[codes, None] - 1)
-    near = grid.neighbours[grid.starts[codes, None] + places]
+    places = grid.starts[codes, None] + np.minimum(places, counts[codes, None] - 1)
+    own = grid.index[codes, None]
+    near = np.where(own < 0, grid.neighbours[places], own).astype(np.int16)
     odds = 2 * grid.levels + 1
     around = np.ascontiguousarray(odds[near].transpose(0, 2, 1))
     return Lattice(grid.index, starts, near, around, odds.astype(np.float32))
@@ -150,6 +154,8 @@ def work(rule: Rule) -> Work:
         inverse=np.empty(LANES, floats),
         scale=np.empty(LANES, floats),
         sums=np.empty((2, LANES), floats),
+        levels=np.empty(rule.sub, ints),
+        again=np.empty(rule.sub, floats),
     )
 
 
@@ -197,7 +203,7 @@ def _fit_part(lattice: Lattice, rule: Rule, work: Work, part: int) -> None:
         _snap_octets(lattice, rule, work, at)
     _sum(rule, work, at)
     won = _choose(rule, work, part)
-    _keep(lattice, rule, work, at, won)
+    _keep(work, part, won)
     again = rule.redo == REDO_ALWAYS or _off_grid(lattice, rule, work, won)
     if again and work.scales[part] > np.float32(0):
         _redo(lattice, rule, work, part, won)
@@ -337,9 +343,10 @@ def _choose(rule: Rule, work: Work, part: int) -> int:
 
 
 @kernel
-def _keep(lattice: Lattice, rule: Rule, work: Work, at: int, won: int) -> None:
-    for group in range(rule.sub // rule.dims):
-        work.chosen[at // rule.dims + group] = work.tried[group, won] if won >= 0 else 0
+def _keep(work: Work, part: int, won: int) -> None:
+    groups = len(work.tried)
+    for group in range(groups):
+        work.chosen[part * groups + group] = work.tried[group, won] if won >= 0 else 0
 
 
 @kernel
@@ -348,7 +355,7 @@ def _off_grid(lattice: Lattice, rule: Rule, work: Work, won: int) -> bool:
     if won < 0:
         return rule.redo != REDO_OFF
     least = 0
-    for group in range(rule.sub // rule.dims):
+    for group in range(len(work.tried)):
         least = min(least, lattice.found[work.codes[group, won]])
     return least < 0
 
@@ -357,38 +364,43 @@ def _off_grid(lattice: Lattice, rule: Rule, work: Work, won: int) -> bool:
 def _redo(lattice: Lattice, rule: Rule, work: Work, part: int, won: int) -> None:
     """Points for the scale that won, and the scale that suits them."""
     at = part * rule.sub
+    groups = len(work.tried)
     scale = work.scales[part]
-    for group in range(rule.sub // rule.dims):
-        if rule.redo == REDO_OFF and lattice.found[work.codes[group, won]] >= 0:
-            continue
-        work.chosen[at // rule.dims + group] = _snap(
-            lattice, rule, work, at + group * rule.dims, scale
-        )
-    work.scales[part] = _rescale(lattice, rule, work, at, scale)
-
-
-@kernel
-def _snap(lattice: Lattice, rule: Rule, work: Work, at: int, scale: np.float32) -> np.int64:
-    """The point for a group at one scale."""
-    inverse = np.float32(1) / scale
-    top = np.int32(rule.base - 1)
-    code = np.int64(0)
-    for i in range(rule.dims - 1, -1, -1):
-        code = code * rule.base + level(inverse, work.x[at + i], top)
-    point = np.int64(lattice.found[code])
-    if point >= 0:
-        return point
-    if rule.dims == 4:
-        return _nearest_quad(lattice, work, at, code, scale)
-    return _nearest_octet(lattice, work, at, code, scale)
-
-
-@kernel
-def _rescale(lattice: Lattice, rule: Rule, work: Work, at: int, scale: np.float32) -> np.float32:
-    """The best scale for the points chosen; the one before where all weights are 0."""
+    _round_all(rule, work, at, np.float32(1) / scale)
+    for group in range(groups):
+        point = work.chosen[part * groups + group]
+        if rule.redo != REDO_OFF or lattice.found[work.codes[group, won]] < 0:
+            point = _snap(lattice, rule, work, at, group, scale)
+            work.chosen[part * groups + group] = point
+        for i in range(rule.dims):
+            work.again[group * rule.dims + i] = lattice.points[point, i]
     product, square = np.float32(0), np.float32(0)
-    for i in range(at, at + rule.sub):
-        odd = lattice.points[work.chosen[i // rule.dims], i % rule.dims]
-        product += work.weight[i] * work.x[i] * odd
-        square += work.weight[i] * odd * odd
-    return product / square if square > np.float32(0) else scale
+    for i in range(rule.sub):
+        odd, weight = work.again[i], work.weight[at + i]
+        product += weight * work.x[at + i] * odd
+        square += weight * odd * odd
+    if square > np.float32(0):
+        work.scales[part] = product / square
+
+
+@kernel
+def _round_all(rule: Rule, work: Work, at: int, inverse: np.float32) -> None:
+    """Levels of a sub-block's weights for one scale."""
+    top = np.int32(rule.base - 1)
+    x = work.x[at : at + rule.sub]
+    for i in range(rule.sub):
+        work.levels[i] = level(inverse, x[i], top)
+
+
+@kernel
+def _snap(
+    lattice: Lattice, rule: Rule, work: Work, at: int, group: int, scale: np.float32
+) -> np.int64:
+    """The point for the levels of a group."""
+    first = group * rule.dims
+    code = np.int64(0)
+    for i in range(first + rule.dims - 1, first - 1, -1):
+        code = code * rule.base + work.levels[i]
+    if rule.dims == 4:
+        return _nearest_quad(lattice, work, at + first, code, scale)
+    return _nearest_octet(lattice, work, at + first, code, scale)
