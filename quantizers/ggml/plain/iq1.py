@@ -27,9 +27,9 @@ from dqconvert.quantizers.ggml.plain.lanes import (
     lanes,
     nearest,
     quantizer,
-    root,
     total,
 )
+from dqconvert.quantizers.ggml.plain.magnitude_search import weigh
 from dqconvert.quantizers.ggml.plain.sign_fields import from_little, little
 
 _SHIFT = 0.125
@@ -53,15 +53,6 @@ class _Fitted:
         inverse = divide(1, divide(largest, 15))
         found = nearest((inverse * self.scale.view(-1, count) - 1) * 0.5).clamp(0, 7)
         return torch.where(largest > 0, found, 0).int()
-
-
-def _weights(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    """What squared errors of blocks [n, 256] count."""
-    square = blocks * blocks
-    if importance is None:
-        return square
-    mean = 2 * total(square.T.contiguous()) / blocks.shape[1]
-    return importance * root(mean[:, None] + square)
 
 
 def _fit(x: Tensor, weight: Tensor, cut: Cut, book: Codebook) -> _Fitted:
@@ -88,7 +79,7 @@ def _fit(x: Tensor, weight: Tensor, cut: Cut, book: Codebook) -> _Fitted:
 
 
 def _pack_s(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    x, weight = lanes(blocks, 32), lanes(_weights(blocks, importance), 32)
+    x, weight = lanes(blocks, 32), lanes(weigh(blocks, importance), 32)
     cut = cut_together(x, weight, 1e-12)
     found = _fit(x, weight, cut, codebook("iq1_s", blocks.device))
     points = found.points.T.reshape(len(blocks), 8, 4)
@@ -101,7 +92,7 @@ def _pack_s(blocks: Tensor, importance: Tensor | None) -> Tensor:
 
 
 def _pack_m(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    weights = _weights(blocks, importance)
+    weights = weigh(blocks, importance)
     x, weight = lanes(blocks, 16), lanes(weights, 16)
     book = codebook("iq1_m", blocks.device)
     cut = cut_by_eights(x, weight, 1e-7)

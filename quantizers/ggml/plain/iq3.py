@@ -36,11 +36,10 @@ _XXS = Search("iq3_xxs", 32, (15, 0.2), 1e-8, even=True)
 
 
 def _pack_s(blocks: Tensor, importance: Tensor | None) -> Tensor:
-    """Low bits and signs of sub-blocks that are not 0 stand one behind the other, as ggml's do.
+    """Low bits and signs of the sub-blocks that are not 0 come first, as ggml writes them.
 
-    Its pointers stay where they are when it meets a sub-block of zeros; high bits and scales do
-    not. A block with weights behind such zeros so comes back from any reader with some of them
-    exchanged.
+    It does not move on where it meets 32 zeros, but readers do: a block in which weights follow
+    such zeros comes back wrong. High bits and scales stand where they should.
     """
     found = solve(_S, blocks, importance)
     order = torch.argsort(~found.filled, dim=1, stable=True)[..., None]

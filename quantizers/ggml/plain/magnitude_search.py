@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dqconvert.quantizers.ggml.plain.codebook import Codebook, codebook
 from dqconvert.quantizers.ggml.plain.fields import half
 from dqconvert.quantizers.ggml.plain.fits import unsigned
-from dqconvert.quantizers.ggml.plain.lanes import divide, lanes, nearest, root, total
+from dqconvert.quantizers.ggml.plain.lanes import divide, factors, lanes, nearest, root, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +102,11 @@ class _Lanes:
 
     def sums(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Σ w x q and Σ w q² [.., lanes]: their ratio is the scale of least error."""
-        factors = self.book.factors.index_select(1, points.flatten()).view(-1, *points.shape)
+        taken = self.book.factors.index_select(1, points.flatten()).view(-1, *points.shape)
         weighted = self.weight * self.x
-        found = factors.new_zeros((2, *points.shape[:-2], points.shape[-1]))
+        found = taken.new_zeros((2, *points.shape[:-2], points.shape[-1]))
         for group in range(points.shape[-2]):
-            for dim, factor in enumerate(factors.select(-2, group)):
+            for dim, factor in enumerate(taken.select(-2, group)):
                 found[0] += weighted[group, dim] * factor
                 found[1] += self.weight[group, dim] * factor * factor
         return found[0], found[1]
@@ -116,18 +115,18 @@ class _Lanes:
 def solve(search: Search, blocks: Tensor, importance: Tensor | None) -> Solution:
     """Points, signs and scales of blocks [n, 256] fp32, with importance alike or without."""
     book = codebook(search.code, blocks.device)
-    weight = weights(search, blocks, importance)
+    weight = weigh(blocks, importance, search.spread, search.offset)
     signs, x = _signs(blocks, weight, search.even)
-    lanes = _Lanes(book, *(_side_by_side(of, search.size, book.dims) for of in (x, weight)))
-    largest = lanes.x.flatten(0, 1).amax(0)
+    subs = _Lanes(book, *(_side_by_side(of, search.size, book.dims) for of in (x, weight)))
+    largest = subs.x.flatten(0, 1).amax(0)
     filled = largest >= search.floor
     middle, scale = largest, divide(largest, 2 * book.base - 1)
     if search.guess:
-        scale = unsigned(lanes.x.flatten(0, 1), lanes.weight.flatten(0, 1), book.base + 1)[0]
+        scale = unsigned(subs.x.flatten(0, 1), subs.weight.flatten(0, 1), book.base + 1)[0]
         middle = scale * book.base
         filled &= middle > 0
-    points, moved, scale = _best(search, lanes, middle, scale)
-    points, scale = _again(lanes, points, moved | search.whole, moved.any(0) & (scale > 0), scale)
+    points, moved, scale = _best(search, subs, middle, scale)
+    points, scale = _again(subs, points, moved | search.whole, moved.any(0) & (scale > 0), scale)
     return _solution(points, signs, scale, filled)
 
 
@@ -140,20 +139,22 @@ def _solution(points: Tensor, signs: Tensor, scale: Tensor, filled: Tensor) -> S
     points = torch.where(filled, points, 0).T.reshape(shape)
     scale = torch.where(filled, scale, 0.0).view(shape)
     filled = filled.view(shape)
-    bytes_ = signs.view(*scale.shape, -1) ^ (scale < 0)[..., None] * 255
-    signs = torch.where(filled[..., None], bytes_, 0).view(shape)
+    signs = signs.view(*scale.shape, -1) ^ (scale < 0)[..., None] * 255
+    signs = torch.where(filled[..., None], signs, 0).view(shape)
     scale = scale.abs()
     return Solution(points, signs, scale, scale.amax(1, keepdim=True), filled)
 
 
-def weights(search: Search, blocks: Tensor, importance: Tensor | None) -> Tensor:
-    """What squared errors of blocks [n, 256] count."""
+def weigh(
+    blocks: Tensor, importance: Tensor | None, spread: float = 2.0, offset: float = 0.0
+) -> Tensor:
+    """What squared errors of blocks [n, 256] count; spread and offset as in Search."""
     square = blocks * blocks
-    if importance is None and not search.offset:
+    if importance is None and not offset:
         return square
-    mean = (total(square.T.contiguous()) * search.spread / blocks.shape[1])[:, None]
+    mean = (total(square.T.contiguous()) * spread / blocks.shape[1])[:, None]
     if importance is None:
-        return mean * search.offset + square
+        return mean * offset + square
     return importance * root(mean + square)
 
 
@@ -181,19 +182,19 @@ def _side_by_side(blocks: Tensor, size: int, dims: int) -> Tensor:
 
 
 def _best(
-    search: Search, lanes: _Lanes, middle: Tensor, scale: Tensor
+    search: Search, subs: _Lanes, middle: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Points [groups, lanes] of the step with the least error, whether they are moved, the scale.
 
     A sub-block without weight has no such step: its points are 0, its scale stays as it is.
     """
-    top = 2 * lanes.book.base - 1
+    top = 2 * subs.book.base - 1
     count, width = search.steps
-    steps = np.arange(-count, count + 1, dtype=np.float32) * np.float32(width) + np.float32(top)
-    inverse = torch.from_numpy(steps).to(middle.device)[:, None] / middle
-    codes = lanes.levels(inverse)
-    points = lanes.points(codes, divide(1, inverse))
-    xq, qq = lanes.sums(points)
+    steps = factors(top, 0, width, range(-count, count + 1), middle)
+    inverse = steps[:, None] / middle
+    codes = subs.levels(inverse)
+    points = subs.points(codes, divide(1, inverse))
+    xq, qq = subs.sums(points)
     ratio = xq / qq
     score, square = ratio * xq, torch.where(qq > 0, xq * xq, -torch.inf)
     best = torch.zeros_like(middle)
@@ -207,16 +208,16 @@ def _best(
     found = torch.where(step < 0, 0, points.gather(0, taken)[0])
     if search.guess:
         return found, torch.ones_like(found, dtype=torch.bool), scale
-    moved = lanes.book.index.index_select(0, codes.gather(0, taken).flatten()) < 0
+    moved = subs.book.index.index_select(0, codes.gather(0, taken).flatten()) < 0
     return found, torch.where(step < 0, search.whole, moved.view(found.shape)), scale
 
 
 def _again(
-    lanes: _Lanes, points: Tensor, groups: Tensor, some: Tensor, scale: Tensor
+    subs: _Lanes, points: Tensor, groups: Tensor, some: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Points and scales once more for some lanes, groups [groups, lanes] of them rounded anew."""
     inverse = divide(1, scale)
-    found = lanes.points(lanes.levels(inverse), scale)
+    found = subs.points(subs.levels(inverse), scale)
     points = torch.where(groups & some, found, points)
-    xq, qq = lanes.sums(points)
+    xq, qq = subs.sums(points)
     return points, torch.where(some & (qq > 0), xq / qq, scale)
