@@ -39,7 +39,7 @@ def readers(infos: Infos, metadata: Mapping[str, Any]) -> dict[str, str]:
     found = {
         "ComfyUI-GGUF": (_comfyui, _comfyui_slow),
         "diffusers": (_diffusers, _nothing),
-        "stable-diffusion.cpp": (_stable_diffusion_cpp, _nothing),
+        "stable-diffusion.cpp": (_nothing, _nothing),  # it has llama.cpp's names, and all types
     }
     return {
         name: _verdict(list(against(infos, metadata)), list(but(infos, metadata)))
@@ -85,11 +85,6 @@ def _diffusers(infos: Infos, metadata: Mapping[str, Any]) -> Iterator[str]:
     flux = "double_blocks.0.img_mod.lin.weight" in infos
     if flux and width is not None and width.shape[0] != FLUX_WIDTH:
         yield f"its converter takes FLUX.1 to be {FLUX_WIDTH} wide; this is {width.shape[0]}"
-
-
-def _stable_diffusion_cpp(infos: Infos, metadata: Mapping[str, Any]) -> Iterator[str]:
-    if metadata.get("general.type") in VISION:
-        yield "it takes the vision tower in another naming"
 
 
 def _bare(infos: Infos, allowed: tuple[str, ...]) -> Iterator[str]:

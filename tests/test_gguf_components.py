@@ -82,6 +82,10 @@ def test_the_vision_tower_is_a_file_beside_the_language_model(tmp_path: Path) ->
         manifest = json.loads((out / "dqconvert.json").read_text())
         assert manifest["source"]["component"] == component
         found[component] = written(out)
+        said = checkpoints.done("inspect", found[component][0])
+        for reader, verdict in (("ComfyUI-GGUF", "yes"), ("stable-diffusion.cpp", "yes")):
+            assert re.search(rf"read by {re.escape(reader)}\W+{verdict}", said)
+        assert re.search(r"read by diffusers\W+no: it reads transformers alone", said)
     encoder, tower = found["text_encoder"], found["text_encoder.visual"]
     assert strings(encoder[1], "general.architecture") == ["qwen2vl"]
     assert strings(tower[1], "general.type") == ["mmproj"]
