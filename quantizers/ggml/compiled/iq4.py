@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dqconvert.quantizers.ggml.compiled.floats import nearest, put_half
+from dqconvert.quantizers.ggml.compiled.floats import halves, nearest, put_half
 from dqconvert.quantizers.ggml.compiled.iq4_search import LANES, ROWS, SCALE, codes, search
 from dqconvert.quantizers.ggml.compiled.symmetric_search import Bytes, Floats, aligned
 from dqconvert.quantizers.ggml.jit import kernel
+from dqconvert.quantizers.ggml.plain.iq4 import LEVELS
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
@@ -171,4 +172,45 @@ def _iq4_xs_weighted(rows: Floats, importance: Floats, out: Bytes) -> None:
     encode_xs(rows.reshape(-1, 256), importance.reshape(-1, 256), out.reshape(-1, 136), room())
 
 
+@kernel
+def _spread(codes: Bytes, step: np.float32, levels: Floats, out: Floats) -> None:
+    """32 weights of one scale."""
+    for i in range(16):
+        out[i] = step * levels[codes[i] & 15]
+    for i in range(16):
+        out[i + 16] = step * levels[codes[i] >> 4]
+
+
+@kernel
+def _decode_nl(blocks: Bytes, halves: Floats, levels: Floats, out: Floats) -> None:
+    for n in range(blocks.shape[0]):
+        d = halves[np.int64(blocks[n, 0]) | np.int64(blocks[n, 1]) << 8]
+        _spread(blocks[n, 2:], d, levels, out[n])
+
+
+@kernel
+def _decode_xs(blocks: Bytes, halves: Floats, levels: Floats, out: Floats) -> None:
+    for n in range(blocks.shape[0]):
+        block = blocks[n]
+        d = halves[np.int64(block[0]) | np.int64(block[1]) << 8]
+        for s in range(8):
+            low, high = block[4 + s // 2] >> s % 2 * 4, block[2 + s // 4] >> s % 4 * 2
+            step = d * np.float32(((low & 15) | (high & 3) << 4) - 32)
+            _spread(block[8 + 16 * s :], step, levels, out[n, 32 * s :])
+
+
+_LEVELS = np.array(LEVELS, np.float32)
+
+
+def iq4_nl(blocks: Bytes, out: Floats) -> None:
+    """Blocks [N, row bytes] to weights [N, K]."""
+    _decode_nl(blocks.reshape(-1, 18), halves(), _LEVELS, out.reshape(-1, 32))
+
+
+def iq4_xs(blocks: Bytes, out: Floats) -> None:
+    """Blocks [N, row bytes] to weights [N, K]."""
+    _decode_xs(blocks.reshape(-1, 136), halves(), _LEVELS, out.reshape(-1, 256))
+
+
 QUANTIZERS = {"iq4_nl": (_iq4_nl, _iq4_nl_weighted), "iq4_xs": (_iq4_xs, _iq4_xs_weighted)}
+DEQUANTIZERS = {"iq4_nl": iq4_nl, "iq4_xs": iq4_xs}

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dqconvert.quantizers.ggml.compiled.floats import halves, nearest, put_half, to_half
+from dqconvert.quantizers.ggml.compiled.symmetric_decode import DEQUANTIZERS
 from dqconvert.quantizers.ggml.compiled.symmetric_descent import Descent, descend, descent
 from dqconvert.quantizers.ggml.compiled.symmetric_search import (
     LANES,
@@ -311,3 +312,5 @@ def _q3_k_weighted(rows: Floats, importance: Floats, out: Bytes) -> None:
 
 
 QUANTIZERS = {"q3_k": (_q3_k, _q3_k_weighted), "q6_k": (_q6_k, _q6_k_weighted)}
+
+__all__ = ["DEQUANTIZERS", "QUANTIZERS"]
