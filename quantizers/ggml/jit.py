@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -23,7 +27,24 @@ def kernel(function: F) -> F:
     import numba
 
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    before = numba.config.CACHE_DIR
     try:
+        numba.config.CACHE_DIR = str(folder())
         return cast(F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # no folder to keep it in
+    except (OSError, RuntimeError):  # no folder to keep it in
         return cast(F, numba.njit(**options)(function))
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@cache
+def folder() -> Path:
+    """Where the machine code of these very sources is kept, $NUMBA_CACHE_DIR or the user's cache.
+
+    numba would take code for current as long as the file of the kernel that calls others is.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    base = os.environ.get("NUMBA_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "dqconvert" / "kernels" / digest.hexdigest()[:16]
