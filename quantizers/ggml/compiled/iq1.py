@@ -22,17 +22,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqconvert.quantizers.ggml.compiled.floats import halves, put_half, to_half
-from dqconvert.quantizers.ggml.compiled.lattice import (
-    BLOCK,
+from dqconvert.quantizers.ggml.compiled.lattice import BLOCK, level
+from dqconvert.quantizers.ggml.compiled.magnitudes import mean_square, weigh
+from dqconvert.quantizers.ggml.compiled.neighbours import (
     FARTHEST,
     PLACE,
     SIDE,
     Lattice,
     lattice,
-    level,
     ranked,
 )
-from dqconvert.quantizers.ggml.compiled.magnitudes import mean_square, weigh
 from dqconvert.quantizers.ggml.compiled.spelling import Bytes, Floats, half, word
 from dqconvert.quantizers.ggml.compiled.splits import (
     Split,

@@ -23,16 +23,15 @@ from dqconvert.quantizers.ggml.compiled.lattice import (
     BLOCK,
     REDO_ALL,
     REDO_OFF,
-    Lattice,
     Rule,
     Tools,
     Work,
     fit,
-    lattice,
     steps,
     work,
 )
 from dqconvert.quantizers.ggml.compiled.magnitudes import describe, nibble, put_scale
+from dqconvert.quantizers.ggml.compiled.neighbours import Lattice, lattice
 from dqconvert.quantizers.ggml.compiled.spelling import Bytes, Floats, half, put_word, spell, word
 from dqconvert.quantizers.ggml.grids import grid, signs
 from dqconvert.quantizers.ggml.jit import kernel

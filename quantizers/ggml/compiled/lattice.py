@@ -6,9 +6,7 @@ weighted distance; the scale with the largest (Σ w x q)² / Σ w q² wins, q = 
 the grid are then searched once more with the winning scale. This is what quantize_row_iq2_*_impl
 and quantize_row_iq3_*_impl of ggml-quants.c have in common; a Rule holds how they differ.
 
-Two things run in the lanes of vectors: the scales of a sub-block, and 16 neighbours of a group.
-A distance is never negative, so its bits order as integers do: with the place in the list below
-them the least 64-bit number is the nearest neighbour, the first of equals.
+The scales of a sub-block run in the lanes of vectors.
 """
 
 from __future__ import annotations
@@ -19,36 +17,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqconvert.quantizers.ggml.compiled.floats import nearest
-from dqconvert.quantizers.ggml.grids import Grid
+from dqconvert.quantizers.ggml.compiled.neighbours import (
+    FARTHEST,
+    PLACE,
+    SIDE,
+    Lattice,
+    ranked,
+    term,
+)
 from dqconvert.quantizers.ggml.jit import kernel
+
+Floats = NDArray[np.float32]
 
 LANES = 32
 BLOCK = 256
-SIDE = 16
 
 REDO_OFF = 0
 REDO_ALL = 1
 REDO_ALWAYS = 2
-
-FARTHEST = np.int64(0x7FFFFFFFFFFFFFFF)
-PLACE = np.int64(0xFFFFFFFF)
-
-
-class Lattice(NamedTuple):
-    """A grid as the search reads it; lists of neighbours are padded to chunks of 16.
-
-    found   [codes] int32               the point that a code is, or -1
-    starts  [codes + 1] int32           a code's chunks are near[starts[c] : starts[c+1]]
-    near    [chunks, 16] int16           neighbours
-    odds    [chunks, dims, 16] int8     their 2 level + 1
-    points  [points, dims] float32      2 level + 1 of every point
-    """
-
-    found: NDArray[np.int32]
-    starts: NDArray[np.int32]
-    near: NDArray[np.int16]
-    odds: NDArray[np.int8]
-    points: NDArray[np.float32]
 
 
 class Rule(NamedTuple):
@@ -119,21 +105,6 @@ def steps(middle: int, step: float, last: int) -> NDArray[np.float32]:
     """middle + step i for the whole numbers i of -last .. last, then copies of the last one."""
     whole = np.minimum(np.arange(-last, LANES - last), last).astype(np.float32)
     return np.float32(middle) + whole * np.float32(step)
-
-
-def lattice(grid: Grid) -> Lattice:
-    """The tables of a grid."""
-    counts = np.diff(grid.starts)
-    chunks = np.maximum(-(-counts // SIDE), 1)
-    starts = np.concatenate([[0], np.cumsum(chunks)]).astype(np.int32)
-    codes = np.repeat(np.arange(len(counts)), chunks)
-    places = (np.arange(len(codes)) - starts[codes])[:, None] * SIDE + np.arange(SIDE)
-    places = grid.starts[codes, None] + np.minimum(places, counts[codes, None] - 1)
-    own = grid.index[codes, None]
-    near = np.where(own < 0, grid.neighbours[places], own).astype(np.int16)
-    odds = 2 * grid.levels + 1
-    around = np.ascontiguousarray(odds[near].transpose(0, 2, 1))
-    return Lattice(grid.index, starts, near, around, odds.astype(np.float32))
 
 
 def work(rule: Rule) -> Work:
@@ -259,60 +230,6 @@ def _snap_octets(lattice: Lattice, rule: Rule, work: Work, at: int) -> None:
 
 
 @kernel
-def _nearest_quad(
-    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
-) -> np.int64:
-    x, root = work.x[at : at + 4], work.root[at : at + 4]
-    best = FARTHEST
-    first = lattice.starts[code]
-    for chunk in range(first, lattice.starts[code + 1]):
-        odds = lattice.odds[chunk]
-        for j in range(SIDE):
-            distance = _term(scale, odds[0, j], x[0], root[0])
-            distance += _term(scale, odds[1, j], x[1], root[1])
-            distance += _term(scale, odds[2, j], x[2], root[2])
-            distance += _term(scale, odds[3, j], x[3], root[3])
-            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
-    place = best & PLACE
-    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
-
-
-@kernel
-def _nearest_octet(
-    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
-) -> np.int64:
-    x, root = work.x[at : at + 8], work.root[at : at + 8]
-    best = FARTHEST
-    first = lattice.starts[code]
-    for chunk in range(first, lattice.starts[code + 1]):
-        odds = lattice.odds[chunk]
-        for j in range(SIDE):
-            distance = _term(scale, odds[0, j], x[0], root[0])
-            distance += _term(scale, odds[1, j], x[1], root[1])
-            distance += _term(scale, odds[2, j], x[2], root[2])
-            distance += _term(scale, odds[3, j], x[3], root[3])
-            distance += _term(scale, odds[4, j], x[4], root[4])
-            distance += _term(scale, odds[5, j], x[5], root[5])
-            distance += _term(scale, odds[6, j], x[6], root[6])
-            distance += _term(scale, odds[7, j], x[7], root[7])
-            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
-    place = best & PLACE
-    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
-
-
-@kernel
-def _term(scale: np.float32, odd: np.int8, x: np.float32, root: np.float32) -> np.float32:
-    off = scale * np.float32(odd) - x
-    return root * off * off
-
-
-@kernel
-def ranked(distance: np.float32, place: int) -> np.int64:
-    """A number that orders as distance does, then as place."""
-    return (np.int64(np.float32(distance).view(np.int32)) << 32) | np.int64(place)
-
-
-@kernel
 def _sum(rule: Rule, work: Work, at: int) -> None:
     """Σ w x q and Σ w q², for all scales."""
     for lane in range(LANES):
@@ -404,3 +321,49 @@ def _snap(
     if rule.dims == 4:
         return _nearest_quad(lattice, work, at + first, code, scale)
     return _nearest_octet(lattice, work, at + first, code, scale)
+
+
+@kernel
+def _nearest_quad(
+    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
+) -> np.int64:
+    """Of a code's list the point at the least weighted distance to four magnitudes.
+
+    As iq3_find_best_neighbour, and the next one as iq2_find_best_neighbour of ggml-quants.c.
+    """
+    x, root = work.x[at : at + 4], work.root[at : at + 4]
+    best = FARTHEST
+    first = lattice.starts[code]
+    for chunk in range(first, lattice.starts[code + 1]):
+        odds = lattice.odds[chunk]
+        for j in range(SIDE):
+            distance = term(scale, odds[0, j], x[0], root[0])
+            distance += term(scale, odds[1, j], x[1], root[1])
+            distance += term(scale, odds[2, j], x[2], root[2])
+            distance += term(scale, odds[3, j], x[3], root[3])
+            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
+    place = best & PLACE
+    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
+
+
+@kernel
+def _nearest_octet(
+    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
+) -> np.int64:
+    x, root = work.x[at : at + 8], work.root[at : at + 8]
+    best = FARTHEST
+    first = lattice.starts[code]
+    for chunk in range(first, lattice.starts[code + 1]):
+        odds = lattice.odds[chunk]
+        for j in range(SIDE):
+            distance = term(scale, odds[0, j], x[0], root[0])
+            distance += term(scale, odds[1, j], x[1], root[1])
+            distance += term(scale, odds[2, j], x[2], root[2])
+            distance += term(scale, odds[3, j], x[3], root[3])
+            distance += term(scale, odds[4, j], x[4], root[4])
+            distance += term(scale, odds[5, j], x[5], root[5])
+            distance += term(scale, odds[6, j], x[6], root[6])
+            distance += term(scale, odds[7, j], x[7], root[7])
+            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
+    place = best & PLACE
+    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
