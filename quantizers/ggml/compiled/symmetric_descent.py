@@ -5,8 +5,8 @@ w l l, w = x^2. Rounding to -4 / m, m the first weight of largest magnitude, is 
 then goes through the weights: each gets the level that suits the scale of the others, if
 lx^2 / ll grows by it. ggml sweeps until nothing changes, 5 times at most.
 
-Tiles are float32 [16, LANES] as in symmetric_search. All lanes are swept once. One in five has
-changed then, and only those are swept again: they are gathered side by side, and put back.
+The tiles of a group are swept once. One lane in five has changed then, and only those are swept
+again: they are gathered side by side, and put back.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dqconvert.quantizers.ggml.compiled.floats import nearest
+from dqconvert.quantizers.ggml.compiled.symmetric_blocks import GROUP
 from dqconvert.quantizers.ggml.compiled.symmetric_search import (
     LANES,
     SMALLEST,
@@ -32,8 +33,8 @@ _SWEEPS = 5
 _VECTOR = 16
 
 
-class Descent(NamedTuple):
-    """Where the lanes stand: levels [16, LANES] float32, sums and flags [LANES]."""
+class Lanes(NamedTuple):
+    """Where lanes stand: weights and levels [16, lanes], sums and flags [lanes]."""
 
     x: Floats
     levels: Floats
@@ -42,26 +43,65 @@ class Descent(NamedTuple):
     changed: Integers
 
 
+class Descent(NamedTuple):
+    """The tiles of a group [GROUP, ..], and room for those lanes that are swept again."""
+
+    x: Floats
+    levels: Floats
+    lx: Floats
+    ll: Floats
+    changed: Integers
+    extreme: Floats
+    places: Integers
+    busy: Lanes
+
+
 def descent() -> Descent:
-    """Room for lanes."""
-    tiles, sums = aligned((2, 16, LANES)), aligned((2, LANES))
-    return Descent(tiles[0], tiles[1], sums[0], sums[1], np.empty(LANES, np.int32))
+    """Room for a group."""
+    count = GROUP * LANES
+    tiles, sums = aligned((2, GROUP, 16, LANES)), aligned((3, GROUP, LANES))
+    wide, totals = aligned((2, 16, count + _VECTOR)), aligned((2, count))
+    busy = Lanes(wide[0], wide[1], totals[0], totals[1], np.empty(count, np.int32))
+    changed = np.empty((GROUP, LANES), np.int32)
+    places = np.empty(count, np.int32)
+    return Descent(tiles[0], tiles[1], sums[0], sums[1], changed, sums[2], places, busy)
 
 
 @kernel
-def descend(state: Descent, busy: Descent, scale: Floats, kept: Bytes) -> None:
-    """Scales [LANES] and levels + 4 of the tile state.x; 0 where a lane holds zeros."""
-    extremes(state.x, scale)
-    _start(state, scale)
-    _sweep(state, LANES)
+def begin(state: Descent, t: int) -> None:
+    """Levels of tile t of state.x by the largest weights, and one sweep."""
+    extremes(state.x[t], state.extreme[t])
+    lanes = Lanes(state.x[t], state.levels[t], state.lx[t], state.ll[t], state.changed[t])
+    _start(lanes, state.extreme[t])
+    _sweep(lanes, LANES)
+
+
+@kernel
+def settle(state: Descent, tiles: int) -> None:
+    """The other sweeps of the first tiles."""
     for _ in range(_SWEEPS - 1):
-        if not _sweep_again(state, busy):
+        count = _gather(state, tiles)
+        if not count:
             break
-    _finish(state, scale, kept)
+        _sweep(state.busy, (count + _VECTOR - 1) // _VECTOR * _VECTOR)
+        _scatter(state, count)
 
 
 @kernel
-def _start(state: Descent, extreme: Floats) -> None:
+def finish(state: Descent, t: int, scale: Floats, kept: Bytes) -> None:
+    """Scales [LANES] and levels + 4 [16, LANES] of tile t; 0 where a lane holds zeros."""
+    levels, lx, ll, extreme = state.levels[t], state.lx[t], state.ll[t], state.extreme[t]
+    for i in range(16):
+        for j in range(LANES):
+            level = np.int32(levels[i, j]) + np.int32(4)
+            kept[i, j] = np.uint8(level if abs(extreme[j]) >= SMALLEST else np.int32(0))
+    for j in range(LANES):
+        found = (abs(extreme[j]) >= SMALLEST) & (ll[j] > _ZERO)
+        scale[j] = lx[j] / ll[j] if found else _ZERO
+
+
+@kernel
+def _start(state: Lanes, extreme: Floats) -> None:
     x, levels, lx, ll = state.x, state.levels, state.lx, state.ll
     least, most = np.float32(-4), np.float32(3)
     for j in range(LANES):
@@ -77,7 +117,7 @@ def _start(state: Descent, extreme: Floats) -> None:
 
 
 @kernel
-def _sweep(state: Descent, lanes: int) -> None:
+def _sweep(state: Lanes, lanes: int) -> None:
     """One sweep of the first lanes."""
     x, levels, lx, ll, changed = state.x, state.levels, state.lx, state.ll, state.changed
     for j in range(lanes):
@@ -100,42 +140,38 @@ def _sweep(state: Descent, lanes: int) -> None:
 
 
 @kernel
-def _sweep_again(state: Descent, busy: Descent) -> int:
-    """One sweep of the lanes that the last one changed; how many these are."""
+def _gather(state: Descent, tiles: int) -> int:
+    """Copies the lanes that the last sweep changed to state.busy, whole vectors; how many."""
+    busy, places, changed = state.busy, state.places, state.changed.reshape(-1)
     count = 0
-    lanes = np.empty(LANES, np.int32)
-    for j in range(LANES):
-        lanes[count] = j
-        count += state.changed[j]
-    if not count:
-        return 0
+    for j in range(tiles * LANES):
+        places[count] = j
+        count += changed[j]
     width = (count + _VECTOR - 1) // _VECTOR * _VECTOR
-    lanes[count:width] = lanes[0]
+    places[count:width] = places[0]
+    x, levels = state.x.reshape(-1), state.levels.reshape(-1)
     for i in range(16):
         for j in range(width):
-            busy.x[i, j] = state.x[i, lanes[j]]
-            busy.levels[i, j] = state.levels[i, lanes[j]]
+            at = places[j] // LANES * 16 * LANES + places[j] % LANES + i * LANES
+            busy.x[i, j] = x[at]
+            busy.levels[i, j] = levels[at]
+    lx, ll = state.lx.reshape(-1), state.ll.reshape(-1)
     for j in range(width):
-        busy.lx[j] = state.lx[lanes[j]]
-        busy.ll[j] = state.ll[lanes[j]]
-    _sweep(busy, width)
-    for i in range(16):
-        for j in range(count):
-            state.levels[i, lanes[j]] = busy.levels[i, j]
-    for j in range(count):
-        state.lx[lanes[j]] = busy.lx[j]
-        state.ll[lanes[j]] = busy.ll[j]
-        state.changed[lanes[j]] = busy.changed[j]
+        busy.lx[j] = lx[places[j]]
+        busy.ll[j] = ll[places[j]]
     return count
 
 
 @kernel
-def _finish(state: Descent, scale: Floats, kept: Bytes) -> None:
-    """Scales and levels, where scale has been the extremes until now."""
+def _scatter(state: Descent, count: int) -> None:
+    """Copies busy lanes back."""
+    busy, places, levels = state.busy, state.places, state.levels.reshape(-1)
     for i in range(16):
-        for j in range(LANES):
-            level = np.int32(state.levels[i, j]) + np.int32(4)
-            kept[i, j] = np.uint8(level if abs(scale[j]) >= SMALLEST else np.int32(0))
-    for j in range(LANES):
-        found = (abs(scale[j]) >= SMALLEST) & (state.ll[j] > _ZERO)
-        scale[j] = state.lx[j] / state.ll[j] if found else _ZERO
+        for j in range(count):
+            at = places[j] // LANES * 16 * LANES + places[j] % LANES + i * LANES
+            levels[at] = busy.levels[i, j]
+    lx, ll, changed = state.lx.reshape(-1), state.ll.reshape(-1), state.changed.reshape(-1)
+    for j in range(count):
+        lx[places[j]] = busy.lx[j]
+        ll[places[j]] = busy.ll[j]
+        changed[places[j]] = busy.changed[j]

@@ -5,10 +5,9 @@ small. The inverse scales that ggml tries are -(top + s / 10) / m, where m is th
 largest magnitude: s = 0, then -9 .. 9 without 0. Each rounds the weights to levels, least squares
 fits a scale to them, and the fit that explains most of the weights wins.
 
-Lanes. Sub-blocks stand side by side: a tile is float32 [n, lanes] in C order, and tile[i, lane] is
+Lanes. Sub-blocks stand side by side: a tile is float32 [n, LANES] in C order, and tile[i, lane] is
 number i of sub-block `lane`. A lane does ggml's arithmetic in ggml's order, so its result depends
-on its own column alone: unused lanes may hold any finite numbers. The number of lanes is free;
-128 are fast, fewer than 16 are not.
+on its own column alone: unused lanes may hold any finite numbers.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ _STEPS = tuple((s, s + 1) if s != -1 else (-1, 1) for s in (-9, -7, -5, -3, -1, 
 
 
 class Fit(NamedTuple):
-    """What the search keeps of each lane, float32 [lanes] each.
+    """What the search keeps of each lane, float32 [LANES] each.
 
     scale and inverse are its result: the fitted scale, and the inverse scale that rounds to the
     winner's levels (see levels). Both are 0 where a lane holds zeros. Two inverse scales are tried
-    at a time: tried, and the sums lx of w x l and ll of w l l, are [2, lanes].
+    at a time: tried, and the sums lx of w x l and ll of w l l, are [2, LANES].
     """
 
     scale: Floats
@@ -52,9 +51,9 @@ class Fit(NamedTuple):
     ll: Floats
 
 
-def fit(lanes: int = LANES) -> Fit:
-    """Room for a search over so many lanes."""
-    one, two = aligned((4, lanes)), aligned((3, 2, lanes))
+def fit() -> Fit:
+    """Room for a search."""
+    one, two = aligned((4, LANES)), aligned((3, 2, LANES))
     return Fit(one[0], one[1], one[2], one[3], two[0], two[1], two[2])
 
 
@@ -68,13 +67,13 @@ def aligned(shape: tuple[int, ...]) -> Floats:
 
 @kernel
 def search(x: Floats, weights: Floats, moments: Floats, top: int, found: Fit) -> None:
-    """Fills found, whose lanes are those of the tiles; the tile moments is scratch."""
+    """Fills found for the tiles x and weights; the tile moments is scratch."""
     extremes(x, found.extreme)
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
+        for j in range(LANES):
             moments[i, j] = weights[i, j] * x[i, j]
     _try(x, weights, moments, top, (0, 0), found)
-    for j in range(x.shape[1]):
+    for j in range(LANES):
         lx, ll = found.lx[0, j], found.ll[0, j]
         found.scale[j] = lx / ll if ll != _ZERO else _ZERO
         found.best[j] = found.scale[j] * lx
@@ -83,7 +82,7 @@ def search(x: Floats, weights: Floats, moments: Floats, top: int, found: Fit) ->
         _try(x, weights, moments, top, (first, second), found)
         _choose(found.tried[0], found.lx[0], found.ll[0], found)
         _choose(found.tried[1], found.lx[1], found.ll[1], found)
-    for j in range(x.shape[1]):
+    for j in range(LANES):
         empty = abs(found.extreme[j]) < SMALLEST
         found.scale[j] = _ZERO if empty else found.scale[j]
 
@@ -91,20 +90,20 @@ def search(x: Floats, weights: Floats, moments: Floats, top: int, found: Fit) ->
 @kernel
 def extremes(x: Floats, extreme: Floats) -> None:
     """extreme[lane] = the first number of largest magnitude of a lane."""
-    for j in range(x.shape[1]):
+    for j in range(LANES):
         extreme[j] = _ZERO
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
+        for j in range(LANES):
             extreme[j] = x[i, j] if abs(x[i, j]) > abs(extreme[j]) else extreme[j]
 
 
 @kernel
 def levels(x: Floats, found: Fit, top: int, out: Bytes) -> None:
-    """out uint8 [n, lanes] = the levels + top that the search found; 0 where lanes hold zeros."""
+    """out uint8 [n, LANES] = the levels + top that the search found; 0 where lanes hold zeros."""
     extreme, inverse = found.extreme, found.inverse
     least, most = np.int32(-top), np.int32(top - 1)
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
+        for j in range(LANES):
             level = min(max(nearest(inverse[j] * x[i, j]), least), most) - least
             out[i, j] = np.uint8(level if abs(extreme[j]) >= SMALLEST else np.int32(0))
 
@@ -112,7 +111,7 @@ def levels(x: Floats, found: Fit, top: int, out: Bytes) -> None:
 @kernel
 def _open(row: int, numerator: np.float32, found: Fit) -> None:
     """The inverse scale of every lane; no sums yet."""
-    for j in range(found.extreme.shape[0]):
+    for j in range(LANES):
         found.tried[row, j] = numerator / found.extreme[j]
         found.lx[row, j] = _ZERO
         found.ll[row, j] = _ZERO
@@ -130,7 +129,7 @@ def _try(
     a, b = found.tried[0], found.tried[1]
     a_lx, a_ll, b_lx, b_ll = found.lx[0], found.ll[0], found.lx[1], found.ll[1]
     for i in range(x.shape[0]):
-        for j in range(x.shape[1]):
+        for j in range(LANES):
             level = min(max(np.rint(a[j] * x[i, j]), least), most)
             a_lx[j] += moments[i, j] * level
             a_ll[j] += weights[i, j] * level * level
@@ -143,10 +142,10 @@ def _try(
 def _choose(tried: Floats, lx: Floats, ll: Floats, found: Fit) -> None:
     """Takes what was tried where it explains more."""
     best, scale, inverse = found.best, found.scale, found.inverse
-    for j in range(lx.shape[0]):
+    for j in range(LANES):
         better = (ll[j] > _ZERO) & (lx[j] * lx[j] > best[j] * ll[j])
         inverse[j] = tried[j] if better else inverse[j]
-    for j in range(lx.shape[0]):
+    for j in range(LANES):
         better = (ll[j] > _ZERO) & (lx[j] * lx[j] > best[j] * ll[j])
         fitted = lx[j] / ll[j]
         scale[j] = fitted if better else scale[j]
