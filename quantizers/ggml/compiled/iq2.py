@@ -34,7 +34,14 @@ from dqconvert.quantizers.ggml.compiled.lattice import (
 from dqconvert.quantizers.ggml.compiled.magnitudes import describe, nibble, put_scale
 from dqconvert.quantizers.ggml.compiled.neighbours import Lattice, lattice
 from dqconvert.quantizers.ggml.compiled.peaks import fit_peaks
-from dqconvert.quantizers.ggml.compiled.spelling import Bytes, Floats, half, put_word, spell, word
+from dqconvert.quantizers.ggml.compiled.spelling import (
+    Bytes,
+    Floats,
+    half,
+    put_word,
+    spell_octet,
+    word,
+)
 from dqconvert.quantizers.ggml.grids import grid, signs
 from dqconvert.quantizers.ggml.jit import kernel
 
@@ -164,7 +171,7 @@ def _read_s(blocks: Bytes, values: Floats, tables: tuple[Floats, Bytes], out: Fl
             step = _step(d, (block[74 + group // 4] >> 4 * (group // 2 % 2)) & 15)
             high = (np.int64(block[66 + group // 4]) >> 2 * (group % 4)) & 3
             point = block[2 + group] | high << 8
-            spell(out[n, 8 * group : 8 * group + 8], values[point], step, block[34 + group])
+            spell_octet(out[n, 8 * group : 8 * group + 8], values[point], step, block[34 + group])
 
 
 @kernel
@@ -177,7 +184,7 @@ def _read_xs(blocks: Bytes, values: Floats, tables: tuple[Floats, Bytes], out: F
             step = _step(d, (block[66 + group // 4] >> 4 * (group // 2 % 2)) & 15)
             high = np.int64(block[3 + 2 * group])
             point = block[2 + 2 * group] | (high & 1) << 8
-            spell(out[n, 8 * group : 8 * group + 8], values[point], step, signs[high >> 1])
+            spell_octet(out[n, 8 * group : 8 * group + 8], values[point], step, signs[high >> 1])
 
 
 @kernel
@@ -191,7 +198,7 @@ def _read_xxs(blocks: Bytes, values: Floats, tables: tuple[Floats, Bytes], out: 
             bits = word(block, 6 + 8 * part)
             point = values[block[2 + 8 * part + place]]
             sign = signs[(bits >> 7 * place) & 127]
-            spell(out[n, 8 * group : 8 * group + 8], point, _step(d, bits >> 28), sign)
+            spell_octet(out[n, 8 * group : 8 * group + 8], point, _step(d, bits >> 28), sign)
 
 
 QUANTIZERS = {

@@ -32,7 +32,14 @@ from dqconvert.quantizers.ggml.compiled.lattice import (
 )
 from dqconvert.quantizers.ggml.compiled.magnitudes import describe, nibble, put_scale
 from dqconvert.quantizers.ggml.compiled.neighbours import Lattice, lattice
-from dqconvert.quantizers.ggml.compiled.spelling import Bytes, Floats, half, put_word, spell, word
+from dqconvert.quantizers.ggml.compiled.spelling import (
+    Bytes,
+    Floats,
+    half,
+    put_word,
+    spell_quad,
+    word,
+)
 from dqconvert.quantizers.ggml.grids import grid, signs
 from dqconvert.quantizers.ggml.jit import kernel
 
@@ -148,7 +155,9 @@ def _read_s(blocks: Bytes, values: Floats, tables: tuple[Floats, Bytes], out: Fl
             high = (np.int64(block[66 + quad // 8]) >> quad % 8) & 1
             step = d * np.float32(2 * scale + 1)
             sign = block[74 + quad // 2] >> 4 * (quad % 2)
-            spell(out[n, 4 * quad : 4 * quad + 4], values[block[2 + quad] | high << 8], step, sign)
+            spell_quad(
+                out[n, 4 * quad : 4 * quad + 4], values[block[2 + quad] | high << 8], step, sign
+            )
 
 
 @kernel
@@ -161,7 +170,7 @@ def _read_xxs(blocks: Bytes, values: Floats, tables: tuple[Floats, Bytes], out: 
             bits = word(block, 66 + quad // 8 * 4)
             step = d * (np.float32(0.5) + np.float32(bits >> 28)) * np.float32(0.5)
             sign = signs[(bits >> 7 * (quad // 2 % 4)) & 127] >> 4 * (quad % 2)
-            spell(out[n, 4 * quad : 4 * quad + 4], values[block[2 + quad]], step, sign)
+            spell_quad(out[n, 4 * quad : 4 * quad + 4], values[block[2 + quad]], step, sign)
 
 
 QUANTIZERS = {code: (partial(_plain, code), partial(_weighted, code)) for code in _RULES}

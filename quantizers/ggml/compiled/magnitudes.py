@@ -31,8 +31,11 @@ def describe(
             work.weight[i] = np.float32(0.25) * mean + block[i] * block[i]
     for i in range(BLOCK):
         work.root[i] = np.sqrt(work.weight[i])
-    for byte in range(BLOCK // 8):
-        _fold(rule, work, block, byte)
+    for i in range(BLOCK):
+        work.x[i] = abs(block[i])
+    _sign(work.signs, block)
+    if rule.sign == 127:
+        _make_even(work.signs, work.x, work.weight, block)
     _find_peaks(rule, work)
 
 
@@ -58,32 +61,37 @@ def weigh(
 
 
 @kernel
-def _fold(rule: Rule, work: Work, block: NDArray[np.float32], byte: int) -> None:
-    """Signs and magnitudes of 8 weights.
-
-    Where seven bits have to do, the sign that costs least changes if their number is odd.
-    """
-    signs = 0
-    flips = 0
-    for i in range(8):
-        x = block[8 * byte + i]
-        negative = not x >= np.float32(0)
-        work.x[8 * byte + i] = -x if negative else x
-        flips += negative
-        signs |= negative << i
-    if rule.sign == 127 and flips % 2:
-        least = 0
-        for i in range(1, 8):
-            if _cost(work, block, 8 * byte + i) < _cost(work, block, 8 * byte + least):
-                least = i
-        work.x[8 * byte + least] = -work.x[8 * byte + least]
-        signs ^= 1 << least
-    work.signs[byte] = signs & rule.sign
+def _sign(signs: NDArray[np.uint8], block: NDArray[np.float32]) -> None:
+    """Sign bytes of a block's weights."""
+    for byte in range(BLOCK // 8):
+        bits = 0
+        for i in range(8):
+            bits |= int(block[8 * byte + i] < np.float32(0)) << i
+        signs[byte] = bits
 
 
 @kernel
-def _cost(work: Work, block: NDArray[np.float32], i: int) -> np.float32:
-    return np.float32(work.weight[i] * block[i] * block[i])
+def _make_even(
+    signs: NDArray[np.uint8],
+    x: NDArray[np.float32],
+    weight: NDArray[np.float32],
+    block: NDArray[np.float32],
+) -> None:
+    """Leaves seven bits of a sign byte: if their number is odd, the cheapest sign changes."""
+    for byte in range(BLOCK // 8):
+        bits = np.int64(signs[byte])
+        odd = bits ^ bits >> 4
+        odd ^= odd >> 2
+        if (odd ^ odd >> 1) & 1:
+            least = 8 * byte
+            lowest = weight[least] * block[least] * block[least]
+            for i in range(8 * byte + 1, 8 * byte + 8):
+                cost = weight[i] * block[i] * block[i]
+                least = i if cost < lowest else least
+                lowest = cost if cost < lowest else lowest
+            x[least] = -x[least]
+            bits ^= 1 << least - 8 * byte
+        signs[byte] = bits & 127
 
 
 @kernel

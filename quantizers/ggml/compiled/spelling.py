@@ -43,8 +43,16 @@ def word(block: Bytes, at: int) -> np.int64:
 
 
 @kernel
-def spell(out: Floats, values: Floats, step: np.float32, signs: int) -> None:
-    """Values times a step; negative where bit i of signs is set."""
-    for i in range(len(values)):
+def spell_quad(out: Floats, values: Floats, step: np.float32, signs: int) -> None:
+    """Four values times a step; negative where bit i of signs is set."""
+    for i in range(4):
+        x = step * values[i]
+        out[i] = -x if signs >> i & 1 else x
+
+
+@kernel
+def spell_octet(out: Floats, values: Floats, step: np.float32, signs: int) -> None:
+    """The same for eight."""
+    for i in range(8):
         x = step * values[i]
         out[i] = -x if signs >> i & 1 else x
