@@ -64,6 +64,15 @@ def test_rows_do_not_see_each_other(code: str, way: str, rows: slice) -> None:
 
 
 @codes
+@pytest.mark.parametrize("way", WAYS)
+def test_many_rows(code: str, way: str) -> None:
+    rows = torch.cat([INPUT, INPUT.flip(0), INPUT[:3], INPUT])
+    wanted = golden(code, way)
+    wanted = torch.cat([wanted, wanted.flip(0), wanted[:3], wanted])
+    assert torch.equal(quantize(rows, code, WAYS[way]), wanted)
+
+
+@codes
 def test_columns_of_one_block(code: str) -> None:
     wide = quantize(INPUT, code, IMATRIX)
     size = wide.shape[1] // 4

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dqconvert.quantizers.ggml.compiled.floats import nearest
 from dqconvert.quantizers.ggml.compiled.symmetric_blocks import GROUP
@@ -28,9 +29,12 @@ from dqconvert.quantizers.ggml.compiled.symmetric_search import (
 )
 from dqconvert.quantizers.ggml.jit import kernel
 
+Places = NDArray[np.int64]
+
 _ZERO = np.float32(0)
 _SWEEPS = 5
 _VECTOR = 16
+_ROWS = 34
 
 
 class Lanes(NamedTuple):
@@ -44,34 +48,40 @@ class Lanes(NamedTuple):
 
 
 class Descent(NamedTuple):
-    """The tiles of a group [GROUP, ..], and room for those lanes that are swept again."""
+    """The lanes of a group, and room for those that are swept again.
 
-    x: Floats
-    levels: Floats
-    lx: Floats
-    ll: Floats
+    lanes, busy  float32 [GROUP, 34, LANES] and [34, any]: 16 weights, 16 levels, lx, ll
+    places       int64 [any], where in lanes a busy one begins
+    changed      int32 [GROUP, LANES] and, busy_changed, [any]: what the last sweep changed
+    extreme      float32 [GROUP, LANES], the first weight of largest magnitude
+    """
+
+    lanes: Floats
     changed: Integers
     extreme: Floats
-    places: Integers
-    busy: Lanes
+    busy: Floats
+    busy_changed: Integers
+    places: Places
 
 
 def descent() -> Descent:
     """Room for a group."""
     count = GROUP * LANES
-    tiles, sums = aligned((2, GROUP, 16, LANES)), aligned((3, GROUP, LANES))
-    wide, totals = aligned((2, 16, count + _VECTOR)), aligned((2, count))
-    busy = Lanes(wide[0], wide[1], totals[0], totals[1], np.empty(count, np.int32))
-    changed = np.empty((GROUP, LANES), np.int32)
-    places = np.empty(count, np.int32)
-    return Descent(tiles[0], tiles[1], sums[0], sums[1], changed, sums[2], places, busy)
+    return Descent(
+        aligned((GROUP, _ROWS, LANES)),
+        np.empty((GROUP, LANES), np.int32),
+        aligned((GROUP, LANES)),
+        aligned((_ROWS, count + _VECTOR)),
+        np.empty(count, np.int32),
+        np.empty(count, np.int64),
+    )
 
 
 @kernel
 def begin(state: Descent, t: int) -> None:
-    """Levels of tile t of state.x by the largest weights, and one sweep."""
-    extremes(state.x[t], state.extreme[t])
-    lanes = Lanes(state.x[t], state.levels[t], state.lx[t], state.ll[t], state.changed[t])
+    """Levels of tile t, state.lanes[t, :16], by the largest weights, and one sweep."""
+    lanes = _view(state.lanes[t], state.changed[t])
+    extremes(lanes.x, state.extreme[t])
     _start(lanes, state.extreme[t])
     _sweep(lanes, LANES)
 
@@ -79,18 +89,30 @@ def begin(state: Descent, t: int) -> None:
 @kernel
 def settle(state: Descent, tiles: int) -> None:
     """The other sweeps of the first tiles."""
+    count = 0
+    for t in range(tiles):
+        for j in range(LANES):
+            state.places[count] = t * _ROWS * LANES + j
+            count += state.changed[t, j]
     for _ in range(_SWEEPS - 1):
-        count = _gather(state, tiles)
         if not count:
             break
-        _sweep(state.busy, (count + _VECTOR - 1) // _VECTOR * _VECTOR)
-        _scatter(state, count)
+        width = (count + _VECTOR - 1) // _VECTOR * _VECTOR
+        _gather(state, count, width)
+        _sweep(_view(state.busy, state.busy_changed), width)
+        count = _scatter(state, count)
+
+
+@kernel
+def _view(lanes: Floats, changed: Integers) -> Lanes:
+    return Lanes(lanes[:16], lanes[16:32], lanes[32], lanes[33], changed)
 
 
 @kernel
 def finish(state: Descent, t: int, scale: Floats, kept: Bytes) -> None:
     """Scales [LANES] and levels + 4 [16, LANES] of tile t; 0 where a lane holds zeros."""
-    levels, lx, ll, extreme = state.levels[t], state.lx[t], state.ll[t], state.extreme[t]
+    lanes, extreme = _view(state.lanes[t], state.changed[t]), state.extreme[t]
+    levels, lx, ll = lanes.levels, lanes.lx, lanes.ll
     for i in range(16):
         for j in range(LANES):
             level = np.int32(levels[i, j]) + np.int32(4)
@@ -104,12 +126,14 @@ def finish(state: Descent, t: int, scale: Floats, kept: Bytes) -> None:
 def _start(state: Lanes, extreme: Floats) -> None:
     x, levels, lx, ll = state.x, state.levels, state.lx, state.ll
     least, most = np.float32(-4), np.float32(3)
+    inverse = np.empty(LANES, np.float32)
     for j in range(LANES):
+        inverse[j] = least / extreme[j]
         lx[j] = _ZERO
         ll[j] = _ZERO
     for i in range(16):
         for j in range(LANES):
-            level = min(max(np.rint(least / extreme[j] * x[i, j]), least), most)
+            level = min(max(np.rint(inverse[j] * x[i, j]), least), most)
             weight = x[i, j] * x[i, j]
             levels[i, j] = level
             lx[j] += weight * x[i, j] * level
@@ -140,38 +164,24 @@ def _sweep(state: Lanes, lanes: int) -> None:
 
 
 @kernel
-def _gather(state: Descent, tiles: int) -> int:
-    """Copies the lanes that the last sweep changed to state.busy, whole vectors; how many."""
-    busy, places, changed = state.busy, state.places, state.changed.reshape(-1)
-    count = 0
-    for j in range(tiles * LANES):
-        places[count] = j
-        count += changed[j]
-    width = (count + _VECTOR - 1) // _VECTOR * _VECTOR
+def _gather(state: Descent, count: int, width: int) -> None:
+    """Copies lanes to state.busy; the first of them fills the last vector."""
+    lanes, busy, places = state.lanes.reshape(-1), state.busy, state.places
     places[count:width] = places[0]
-    x, levels = state.x.reshape(-1), state.levels.reshape(-1)
-    for i in range(16):
+    for i in range(_ROWS):
         for j in range(width):
-            at = places[j] // LANES * 16 * LANES + places[j] % LANES + i * LANES
-            busy.x[i, j] = x[at]
-            busy.levels[i, j] = levels[at]
-    lx, ll = state.lx.reshape(-1), state.ll.reshape(-1)
-    for j in range(width):
-        busy.lx[j] = lx[places[j]]
-        busy.ll[j] = ll[places[j]]
-    return count
+            busy[i, j] = lanes[places[j] + i * LANES]
 
 
 @kernel
-def _scatter(state: Descent, count: int) -> None:
-    """Copies busy lanes back."""
-    busy, places, levels = state.busy, state.places, state.levels.reshape(-1)
-    for i in range(16):
+def _scatter(state: Descent, count: int) -> int:
+    """Copies busy lanes back, and keeps the places of those that changed; how many these are."""
+    lanes, busy, places = state.lanes.reshape(-1), state.busy, state.places
+    for i in range(16, _ROWS):
         for j in range(count):
-            at = places[j] // LANES * 16 * LANES + places[j] % LANES + i * LANES
-            levels[at] = busy.levels[i, j]
-    lx, ll, changed = state.lx.reshape(-1), state.ll.reshape(-1), state.changed.reshape(-1)
+            lanes[places[j] + i * LANES] = busy[i, j]
+    left = 0
     for j in range(count):
-        lx[places[j]] = busy.lx[j]
-        ll[places[j]] = busy.ll[j]
-        changed[places[j]] = busy.changed[j]
+        places[left] = places[j]
+        left += state.busy_changed[j]
+    return left

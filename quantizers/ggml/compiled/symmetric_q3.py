@@ -66,7 +66,7 @@ def encode(
     for first in range(0, rows.shape[0], LANES):
         tiles = min(GROUP, (rows.shape[0] - first + SIDE - 1) // SIDE)
         for t in range(tiles):
-            load(rows, first + t * SIDE, state.x[t])
+            load(rows, first + t * SIDE, state.lanes[t, :16])
             begin(state, t)
         settle(state, tiles)
         for t in range(tiles):
@@ -154,21 +154,30 @@ def _store_group(rows: Floats, group: Coded, room: Room, halves: Floats, out: By
 def _store(lane: int, coded: Coded, q: Bytes, block: Bytes) -> None:
     """Super-block `lane` of a tile to its bytes."""
     _pack(q, block)
-    block[96:108] = 0
-    for s in range(16):
-        scale = coded.rounded[s * SIDE + lane] + 32
-        block[96 + s % 8] |= (scale & 15) << s // 8 * 4
-        block[104 + s % 4] |= (scale >> 4) << s // 4 * 2
+    scales = block[96:]
+    for s in range(8):
+        scales[s] = _scale(coded, lane, s) & 15 | (_scale(coded, lane, s + 8) & 15) << 4
+    for s in range(4):
+        low = _scale(coded, lane, s) >> 4 | _scale(coded, lane, s + 4) >> 4 << 2
+        high = _scale(coded, lane, s + 8) >> 4 | _scale(coded, lane, s + 12) >> 4 << 2
+        scales[8 + s] = low | high << 4
     put_half(block, 108, coded.d[lane])
+
+
+@kernel
+def _scale(coded: Coded, lane: int, s: int) -> np.int32:
+    """Scale s + 32 of a super-block."""
+    return np.int32(coded.rounded[s * SIDE + lane] + 32)
 
 
 @kernel
 def _pack(q: Bytes, block: Bytes) -> None:
     """256 levels 0 .. 7 to the first 96 bytes of a block."""
-    block[:32] = 0
-    for group in range(8):
-        for j in range(32):
-            block[j] |= (q[32 * group + j] >> 2) << group
+    for j in range(32):
+        low = (q[j] & 4) >> 2 | (q[j + 32] & 4) >> 1 | (q[j + 64] & 4) | (q[j + 96] & 4) << 1
+        at = j + 128
+        high = (q[at] & 4) >> 2 | (q[at + 32] & 4) >> 1 | (q[at + 64] & 4) | (q[at + 96] & 4) << 1
+        block[j] = low | high << 4
     for half in range(2):
         at = 128 * half
         for j in range(32):
