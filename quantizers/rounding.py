@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dqconvert.quantizers import gptq, mse, rtn
 from dqconvert.quantizers.ggml import blocks
+from dqconvert.quantizers.ggml import gptq as blockwise
 from dqconvert.quantizers.ggml.blocks import NEEDS_IMPORTANCE, is_block
 from dqconvert.quantizers.hadamard import rotate
 from dqconvert.quantizers.spec import ALL, QuantSpec
@@ -145,18 +146,27 @@ def _offer_blocks(
     """The same for ggml's types, whose scales are found by least squares of one or another kind.
 
     rtn: as without an importance matrix; mse: with ones, and with the mean squares of the inputs
-    where they are known.
+    where they are known; gptq: then from the loudest input on and over all again, for types whose
+    codes stand for one weight each.
     """
     metric = None if inputs is None else inputs.mean_square
     if aim.rounding == "rtn":
         needed = metric if aim.spec.code in NEEDS_IMPORTANCE else None
         consider(blocks.result(weight, aim.spec, needed))
         return
-    best = blocks.result(weight, aim.spec, torch.ones(weight.shape[1]))
-    consider(best)
-    if metric is not None:
-        learned = blocks.result(weight, aim.spec, metric)
-        best = learned if consider(learned) else best
+    consider(blocks.result(weight, aim.spec, torch.ones(weight.shape[1])))
+    if inputs is None or metric is None:
+        return
+    consider(blocks.result(weight, aim.spec, metric))
+    if aim.rounding != "gptq" or inputs.moment is None or not blockwise.covers(aim.spec.code):
+        return
+    order, upper = inputs.loudest
+    start = blocks.result(weight, aim.spec, blockwise.importance(metric, upper, order))
+    learned = blockwise.quantize(weight, upper, start, order)
+    consider(learned)
+    for _ in range(blockwise.SWEEPS):
+        learned = blockwise.sweep(weight, inputs.moment, learned)
+        consider(learned)
 
 
 def _mse_refit(start: QuantizedTensor, mean_square: Tensor) -> gptq.Refit | None:
