@@ -118,7 +118,10 @@ def _weigh(room: Room) -> None:
 
 @kernel
 def _collect(room: Room, lane: int, scales: Scales) -> None:
-    """Lays the scales of a tile and the sums of its weights into 8 lanes."""
+    """Lays the scales of a tile and the sums of its weights into 8 lanes.
+
+    A scale that squares too large for a float have spoilt has level 0 in ggml, so no weight.
+    """
     totals = room.moments[0]
     totals[:] = _ZERO
     for i in range(16):
@@ -126,8 +129,9 @@ def _collect(room: Room, lane: int, scales: Scales) -> None:
             totals[j] += room.weights[i, j]
     for s in range(16):
         for b in range(SIDE):
-            scales.x[s, lane + b] = room.found.scale[s * SIDE + b]
-            scales.weights[s, lane + b] = totals[s * SIDE + b]
+            scale, weight = room.found.scale[s * SIDE + b], totals[s * SIDE + b]
+            scales.x[s, lane + b] = scale
+            scales.weights[s, lane + b] = weight if np.isfinite(scale) else weight * _ZERO
 
 
 @kernel

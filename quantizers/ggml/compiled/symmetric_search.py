@@ -118,6 +118,13 @@ def _open(row: int, numerator: np.float32, found: Fit) -> None:
 
 
 @kernel
+def _clip(level: np.float32, least: np.float32, most: np.float32) -> np.float32:
+    """level within its limits; the least for NaN, so that a weight of 0 leaves it out."""
+    level = level if level > least else least
+    return level if level < most else most
+
+
+@kernel
 def _try(
     x: Floats, weights: Floats, moments: Floats, top: int, steps: tuple[int, int], found: Fit
 ) -> None:
@@ -130,10 +137,10 @@ def _try(
     a_lx, a_ll, b_lx, b_ll = found.lx[0], found.ll[0], found.lx[1], found.ll[1]
     for i in range(x.shape[0]):
         for j in range(LANES):
-            level = min(max(np.rint(a[j] * x[i, j]), least), most)
+            level = _clip(np.rint(a[j] * x[i, j]), least, most)
             a_lx[j] += moments[i, j] * level
             a_ll[j] += weights[i, j] * level * level
-            level = min(max(np.rint(b[j] * x[i, j]), least), most)
+            level = _clip(np.rint(b[j] * x[i, j]), least, most)
             b_lx[j] += moments[i, j] * level
             b_ll[j] += weights[i, j] * level * level
 
