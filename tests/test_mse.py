@@ -19,14 +19,15 @@ from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.schemes.blocks import MXFP4, NVFP4
 from dqconvert.quantizers.schemes.convrot import INT4_ROW, LUT4_GROUP16
 from dqconvert.quantizers.schemes.weightonly import INT4_GROUP128
-from dqconvert.quantizers.spec import ALL, QuantSpec
+from dqconvert.quantizers.spec import ALL, CODES, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
 
 torch.set_num_threads(1)
 
 AFFINE = QuantSpec("uint4", (1, 32), zero_point=True)
 OTHERS = {AFFINE, QuantSpec("int4", (ALL, 8)), QuantSpec("int4", (1, 16), scale="BF16")}
-SPECS = sorted({scheme.weight for scheme in schemes().values()} | OTHERS, key=repr)
+OF_SCHEMES = {s.weight for s in schemes().values() if not CODES[s.weight.code].block}
+SPECS = sorted(OF_SCHEMES | OTHERS, key=repr)
 NAMES = [f"{s.code}-{s.tile[0]}x{s.tile[1]}-{s.scale}-{s.tensor_scale}" for s in SPECS]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=NAMES)
 lawful = settings(derandomize=True, deadline=None, max_examples=12)

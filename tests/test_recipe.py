@@ -19,7 +19,7 @@ from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.recipe import RecipeOptions
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.schemes.svdquant import INT4_GROUP64
-from dqconvert.quantizers.spec import Scheme
+from dqconvert.quantizers.spec import CODES, Scheme
 
 torch.set_num_threads(1)
 problems = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("problems.py"))))
@@ -32,7 +32,10 @@ SHIFT, W4A4, NVFP4, INT8, FP8 = (
     problems.INT8,
     problems.FP8,
 )
-every_scheme = pytest.mark.parametrize("scheme", schemes().values(), ids=list(schemes()))
+NARROW = [s for s in schemes().values() if CODES[s.weight.code].block <= 32]
+"""Schemes that the widths here have room for; larger blocks: test_ggml_laws.py."""
+
+every_scheme = pytest.mark.parametrize("scheme", NARROW, ids=[scheme.name for scheme in NARROW])
 svdquant = pytest.mark.parametrize("scheme", [W4A4, NVFP4], ids=["int4", "nvfp4"])
 
 
@@ -291,7 +294,7 @@ def test_any_knowledge_of_the_input_will_do(scheme: Scheme, lack: str, rounding:
     assert torch.equal(problem.weight, before), "the weight was changed in place"
     if scheme is FP8 and lack == "stats":
         assert q.input_scale is None
-    limit = {4: 0.21, 6: 0.08, 8: 0.06}[scheme.weight.bits]
+    limit = {4: 0.21, 5: 0.1, 6: 0.08, 8: 0.06, 16: 0.003}[scheme.weight.bits]
     if rounding == "rtn":  # the others give up some of the weight for the output
         assert recipe.weight_error(q, problem.weight) < limit
     coarse = scheme.activation is not None and scheme.activation.bits == 4
@@ -331,7 +334,7 @@ def test_no_number_is_refused(scheme: Scheme, value: float, calibrated: bool) ->
 
 
 def test_zero_weights() -> None:
-    for scheme in schemes().values():
+    for scheme in NARROW:
         for calibrated in (True, False):
             problem = replace(
                 problem_for(scheme, calibrated=calibrated), weight=torch.zeros(48, 128)
