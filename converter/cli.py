@@ -159,6 +159,7 @@ def main() -> None:
 @click.option("--kernel", metavar="NAME", help="What LightX2V runs the layers with.")
 @click.option("--save-by-block", is_flag=True, help="A file for each block (lightx2v).")
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default: cores.")
+@click.option("--device", default="cpu", metavar="cpu|cuda[:N]", help="For GGUF: where to round.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")

@@ -21,6 +21,7 @@ from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.prepare import Prepared
 from dqconvert.formats.fileset import FileSet
 from dqconvert.formats.folder import OutputFolder
+from dqconvert.quantizers.errors import PlanError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ def convert(
 ) -> Iterator[LayerReport | Report]:
     """Run a prepared job: a report of each layer as it is written, then the whole one."""
     _import_torch()
+    _check_device(prepared.job.device)
     from dqconvert.converter import importance, manifest, precondition
     from dqconvert.converter.refine import advised, refine
     from dqconvert.converter.statistics import statistics
@@ -102,6 +104,16 @@ def _import_torch() -> None:
         import torch  # noqa: F401
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _check_device(device: str) -> None:
+    """PlanError where this machine has no such device."""
+    import torch
+
+    index = int(device.partition(":")[2] or 0)
+    found = torch.cuda.device_count()
+    if device != "cpu" and index >= found:
+        raise PlanError([f"--device {device}: torch finds {found} CUDA devices here"])
 
 
 def peak_memory() -> int:

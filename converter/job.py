@@ -36,6 +36,7 @@ class Job:
     settings: Mapping[str, str] = field(default_factory=dict)
     overwrite: bool = False
     workers: int | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,8 @@ def quantized_group(
     """Layers that share a smooth vector, quantized: each with its problem and its result."""
     # Layers of one site share its statistics, which are read from the file at each look-up.
     stats = {site: work.stats[site] for site in {layer.site for layer in group} & work.stats.keys()}
-    problems = [problem_of(layer, work.source, stats) for layer in group]
+    device = work.options.device
+    problems = [problem_of(layer, work.source, stats).to(device) for layer in group]
     results = _quantize(group, problems, work.plan, work.options)
     return list(zip(group, problems, results, strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,9 @@ from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import Target, recognize, target
+from dqconvert.formats.targets import Target, gguf, recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
+from dqconvert.quantizers.ggml import jit
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import ALL, CODES, Scheme
 
@@ -51,9 +53,15 @@ class Prepared:
         return self.job.rounding or self.plan.scheme.rounding
 
     @property
+    def measured(self) -> str:
+        """What output errors are measured on, in words."""
+        known = self.job.imatrix is not None
+        return "by the importance matrix" if known else "on held calibration rows"
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of what was decided."""
-        found = [*self.found, *_notes_without_calibration(self)]
+        found = [*self.found, *_notes_without_calibration(self), *_notes_of_blocks(self)]
         whole = sum(form.full_precision for form in self.plan.context.layers.values())
         if whole and self.calibration is not None:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
@@ -113,22 +121,41 @@ def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
         )
 
 
+def _notes_of_blocks(prepared: Prepared) -> Iterator[str]:
+    """What is missing that ggml's types want: numba, and an importance matrix."""
+    forms = prepared.plan.context.layers.values()
+    codes = dict.fromkeys(form.spec.code for form in forms if CODES[form.spec.code].block)
+    if codes and not jit.available():
+        yield (
+            "numba is not installed: these types take about 10 times as long; "
+            "pip install 'dqconvert[fast]'"
+        )
+    blind = [code.upper() for code in codes if code in gguf.NEEDS_IMPORTANCE]
+    if blind and prepared.calibration is None and prepared.job.imatrix is None:
+        yield (
+            f"no --calib and no --imatrix: {', '.join(blind)} is made for an importance matrix; "
+            "all inputs count the same"
+        )
+
+
 def prepare(job: Job) -> Prepared:
     """Resolve, recognise and plan a job. Reads headers and prompts only; imports no torch.
 
     Raises DQConvertError, with all problems of the plan at once.
     """
     chosen = scheme(job.scheme)
-    _check_words(job)
+    _check_words(job, chosen)
     goal = target(job.target or chosen.targets[0])
+    _check_device(job, goal)
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
     raw = open_source(model.path)
     already = recognize(raw.infos, raw.metadata, model.config or {})
-    if already and already[0].NAME != "gguf":  # whose blocks are decoded as they are read
+    if already and already[0].NAME != gguf.NAME:  # whose blocks are decoded as they are read
         raise SourceError(
             f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
         )
     source = open_canonical(raw, model.path, model.part)
+    model = _credited(model, raw.metadata)
     tokens = _tokenizer(model, source, goal)
     calibration = plan_calibration(job, model, source, _learns(job, chosen))
     options = PlanOptions(
@@ -175,10 +202,10 @@ def _learns(job: Job, chosen: Scheme) -> str:
     return "gptq" if needs else job.rounding or chosen.rounding
 
 
-def _check_words(job: Job) -> None:
+def _check_words(job: Job, chosen: Scheme) -> None:
     """Options that only mean something with prompts are refused without them."""
     if job.imatrix is not None:
-        _check_imatrix(job)
+        _check_imatrix(job.imatrix, job, chosen)
     if job.calib is not None:
         if job.component not in (TRANSFORMER, SECOND):
             raise PlanError([f"--calib: observes the transformer, not --component {job.component}"])
@@ -199,15 +226,42 @@ def _check_words(job: Job) -> None:
         raise PlanError(problems)
 
 
-def _check_imatrix(job: Job) -> None:
-    """An importance matrix stands in the place of calibration."""
+def _check_device(job: Job, goal: Target) -> None:
+    """A GPU rounds to ggml's types; the others were never tried on one."""
+    if job.device == "cpu":
+        return
+    if not re.fullmatch(r"cuda(:\d+)?", job.device):
+        raise PlanError([f"--device {job.device}: must be cpu, cuda or cuda:N"])
+    if goal.NAME != gguf.NAME:
+        raise PlanError([f"--device {job.device}: only target {gguf.NAME} rounds on a GPU"])
+
+
+def _check_imatrix(path: Path, job: Job, chosen: Scheme) -> None:
+    """An importance matrix stands in the place of calibration, and only ggml's types take one."""
     problems = []
+    wanted = [chosen.name, *(name for _, name in job.overrides)]
+    if not any(CODES[scheme(name).weight.code].block for name in wanted):
+        problems.append(f"--imatrix: means nothing to {chosen.name}, which has no ggml blocks")
+    if not path.is_file():
+        problems.append(f"--imatrix {path}: no such file")
     if job.calib is not None:
         problems.append("--imatrix and --calib: give one; both say what the inputs are")
     if job.rounding == "rtn":
         problems.append("--rounding rtn takes no notice of --imatrix; leave one out")
     if problems:
         raise PlanError(problems)
+
+
+def _credited(model: Model, metadata: Mapping[str, Any]) -> Model:
+    """A model with the licence and the base that its own GGUF file names."""
+    license_name = str(metadata.get("general.license", ""))
+    url = str(metadata.get("general.base_model.0.repo_url", ""))
+    origin = url.removeprefix("https://huggingface.co/")
+    if model.license is None and re.fullmatch(r"[\w.-]+", license_name):
+        model = replace(model, license=license_name)
+    if model.origin is None and origin != url and re.fullmatch(r"[\w.-]+/[\w.-]+", origin):
+        model = replace(model, origin=origin)
+    return model
 
 
 def _provenance(model: Model) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def stream_layer(layer: LayerPlan, bias: Tensor | None, work: Work) -> LayerRepo
     steps = _steps(layer.form, target)
     off = total = 0.0
     for rows in _blocks(layer.form.shape):
-        weight = work.source.stack(_names(layer), rows).float()
+        weight = work.source.stack(_names(layer), rows).to(work.options.device).float()
         own = None if bias is None else bias[slice(*rows)]
         if layer.form.rotation:  # once; its error is the same in the rotated basis
             weight = hadamard.rotate(weight, layer.form.rotation)

@@ -35,5 +35,6 @@ class Work(Recipe):
 def recipe_of(prepared: Prepared, stats: Stats) -> Recipe:
     """What a prepared job asks for, with the statistics that it got."""
     plan = prepared.plan
-    options = RecipeOptions(plan.context.rank, prepared.rounding, prepared.job.smooth)
+    job = prepared.job
+    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth, device=job.device)
     return Recipe(plan, prepared.source, stats, options)

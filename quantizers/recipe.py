@@ -44,13 +44,14 @@ class RecipeOptions:
 
     rank: of the low-rank branch; rounding: "rtn", "mse" or "gptq" (needs second moments, else
     rtn); smooth: "auto", "off" or an exponent; refinements: rounds of residual-aware refinement of
-    the low-rank branch.
+    the low-rank branch; device: torch's, where it is computed.
     """
 
     rank: int = 0
     rounding: str = "rtn"
     smooth: str = "auto"
     refinements: int = 3
+    device: str = "cpu"
 
 
 def quantize_group(

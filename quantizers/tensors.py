@@ -64,6 +64,18 @@ class LayerStats:
             rows=self.rows[:, cut],
         )
 
+    def to(self, device: str) -> LayerStats:
+        """The same on a torch device."""
+        moment = None if self.second_moment is None else self.second_moment.to(device)
+        return replace(
+            self,
+            absmax=self.absmax.to(device),
+            mean=self.mean.to(device),
+            mean_square=self.mean_square.to(device),
+            second_moment=moment,
+            rows=self.rows.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LinearProblem:
@@ -84,6 +96,15 @@ class LinearProblem:
     rotation: int = 0
     ceiling: Tensor | None = None
     stats: LayerStats | None = None
+
+    def to(self, device: str) -> LinearProblem:
+        """The same on a torch device."""
+        return replace(
+            self,
+            weight=self.weight.to(device),
+            bias=None if self.bias is None else self.bias.to(device),
+            stats=None if self.stats is None else self.stats.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
