@@ -29,7 +29,7 @@ def render(prepared: Prepared, report: Report) -> str:
     ]
     mean = report.mean("output_error")
     if mean is not None:
-        lines.append(f"| mean output error on held calibration rows | {mean:.4f} |")
+        lines.append(f"| mean output error {prepared.measured} | {mean:.4f} |")
     lines += [
         f"| worst layer | `{worst.name}` ({worst.error:.4f}) |",
         f"| calibration | {_calibration(prepared)} |",
@@ -64,7 +64,9 @@ def _front_matter(prepared: Prepared) -> list[str]:
 
 
 def _calibration(prepared: Prepared) -> str:
-    found = prepared.calibration
+    found, imatrix = prepared.calibration, prepared.job.imatrix
+    if imatrix is not None:
+        return f"the importance matrix {imatrix.name}"
     if found is None:
         return "none, from weights alone"
     count = len(found.settings.chosen(found.prompts))

@@ -31,7 +31,10 @@ def dequantize(out: Path, output: Path, overwrite: bool = False) -> Path:
     if output.exists() and not overwrite:
         raise OutputError(f"{output}: exists; choose another -o, or give --overwrite")
     found = reopen(out)
-    problems = [*found.recognized.problems, *(f"{name}: missing" for name in found.missing())]
+    fatal = getattr(found.target, "fatal", None)  # of targets whose readers want more than we do
+    header = fatal(found.source.infos, found.recognized.forms) if fatal else None
+    problems = [*(found.recognized.problems if header is None else header)]
+    problems += [f"{name}: missing" for name in found.missing()]
     if problems:
         raise SourceError(f"{out}: {len(problems)} problems, the first: {problems[0]}")
     weights = _Weights(found)

@@ -78,6 +78,8 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "overrides": [list(pair) for pair in job.overrides],
             "layout": plan.context.layout,
             "group_size": job.group_size,
+            "bits": job.bits,
+            "imatrix": job.imatrix.name if job.imatrix else None,
             "zero_points": job.zero_points,
             "settings": dict(job.settings),
             "precondition": folded,  # AWQ folds in any case

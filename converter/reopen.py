@@ -27,7 +27,7 @@ from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats.folder import MANIFEST
 from dqconvert.formats.form import PackedForm
-from dqconvert.formats.gguf_source import GGUFSource
+from dqconvert.formats.gguf_source import Decoded, GGUFSource
 from dqconvert.formats.source import SafetensorsSource
 from dqconvert.formats.targets import Recognized, Target, recognize, targets
 from dqconvert.quantizers.errors import SourceError
@@ -73,6 +73,7 @@ class Reopened:
         config: Mapping[str, Any],
     ) -> None:
         self.source, self.target = source, target
+        self._numbers = Decoded(source) if isinstance(source, GGUFSource) else source
         self.family = family
         forms = {name: f for name, f in recognized.forms.items() if self._is_linear(name, f)}
         self.recognized = replace(recognized, forms=forms)
@@ -136,14 +137,14 @@ class Reopened:
         return found
 
     def likeness(self) -> float:
-        """The share of the family's signature that the file holds."""
+        """The share of the family's signature that the file holds, less what is another's."""
         table = self.table
         rows = [_row(table, name) for name in self.recognized.forms]
-        packed = {
+        names = self.kept.keys() | {
             fill(ours, index).replace("*", "weight") for entry, index in rows for ours in entry.ours
         }
-        signature = self.family.signature
-        return sum(name in packed or name in self.kept for name in signature) / len(signature)
+        found = [name in names for name in self.family.signature]
+        return sum(found) / len(found) - 0.01 * any(name in names for name in self.family.foreign)
 
     def missing(self) -> list[str]:
         """Canonical tensors that a model of this depth must have, and the file has not."""
@@ -164,7 +165,13 @@ class Reopened:
         """What is wrong with the file by its header and its name."""
         misnamed = getattr(self.target, "misnamed", None)  # of some targets only
         reason = misnamed(self.path.name, self.recognized) if misnamed else None
-        return [*self.recognized.problems, *([f"{self.path.name}: {reason}"] if reason else [])]
+        named = [f"{self.path.name}: {reason}"] if reason else []
+        key = getattr(self.target, "ARCHITECTURE", "")  # what the metadata call the family
+        usual = self.family.architecture
+        said = self.source.metadata.get(key, usual)
+        if said != usual:
+            named.append(f"{key}: is {said!r}; readers call this model {usual!r}")
+        return [*self.recognized.problems, *named]
 
     def unpack(self, layer: PackedLayer) -> QuantizedTensor:
         """The logical result of a layer, from its bytes."""
@@ -180,7 +187,7 @@ class Reopened:
         """An unquantized canonical tensor; SourceError where the file's has no room for it."""
         theirs, leaf = self.kept[name]
         if len(leaf.ours) == 1:
-            tensor = self.source.read(theirs)
+            tensor = self._numbers.read(theirs)
             leaf = settled(leaf, match(leaf.ours[0], name) or "", self.names())
             return swap_halves(tensor) if leaf.swap else tensor
         shape = self.source.infos[theirs].shape
@@ -188,14 +195,16 @@ class Reopened:
         start, stop = stacked_rows(place, len(leaf.ours), self.hidden, shape[0] if shape else 0)
         if not shape or not start < stop <= shape[0]:
             raise SourceError(f"{theirs}: found {list(shape)}, too few rows to hold {name}")
-        return self.source.read(theirs, (start, stop))
+        return self._numbers.read(theirs, (start, stop))
 
     def _is_linear(self, name: str, form: PackedForm) -> bool:
-        """Whether a layer that is 16 bit, as some that are kept are too, is a linear of a block."""
-        if form.spec.bits < 16:
+        """Whether a layer is a linear of a block; of GGUF, where anything may be 16 bit or, in
+        files of others, of blocks."""
+        if not isinstance(self.source, GGUFSource):
             return True
         entry, index = _row(self.table, name)
-        return self.family.linear(fill(entry.ours[0], index).removesuffix(".*")) is not None
+        module = fill(entry.ours[0], index).removesuffix(".*")
+        return self.family.linear(module, outside=form.spec.bits < 16) is not None
 
     def _layers(self) -> Iterator[PackedLayer]:
         table = self.table

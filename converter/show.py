@@ -164,7 +164,7 @@ def _summary(prepared: Prepared, report: Report) -> None:
         f"{len(report.layers)} layers, {report.source_bytes / 1e6:,.1f} MB -> "
         f"{report.output_bytes / 1e6:,.1f} MB ({ratio:.2f} times smaller)",
         f"  weight error {mean:.4f} in the mean"
-        + ("" if output is None else f", output error {output:.4f} on held calibration rows"),
+        + ("" if output is None else f", output error {output:.4f} {prepared.measured}"),
         f"  worst layer {worst.name}: {worst.error:.4f}",
         f"  {report.seconds:.1f} s, {report.peak_memory / 2**30:.2f} GiB at most",
         *(f"  note: {note}" for note in report.notes),

@@ -38,7 +38,7 @@ from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.lowrank import product
 from dqconvert.quantizers.schemes import scheme, schemes
-from dqconvert.quantizers.spec import CODES, FLOAT_DTYPES
+from dqconvert.quantizers.spec import BLOCKS, CODES, FLOAT_DTYPES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
 
 LIMITS = {1: 0.97, 2: 0.97, 3: 0.7, 4: 0.6, 5: 0.4, 6: 0.3, 8: 0.15, 16: 0.02}
@@ -50,7 +50,6 @@ SLACK = {1: 0.2, 2: 0.2, 3: 0.1, 4: 0.04, 5: 0.03, 6: 0.03, 8: 0.02, 16: 0.01}
 Layers of flux-digits, of every scheme, with and without calibration, are off by 0.007 and 0.002
 at most beside what their error explains.
 """
-
 
 SHARE = 0.55
 """How much smaller than the model's, as a share of their noise, learned weights may be: 0.49 is the
@@ -137,7 +136,8 @@ def _check_kept(found: Reopened, name: str, reference: _Reference | None) -> lis
     """What is wrong with an unquantized tensor."""
     theirs = found.kept[name][0]
     info = found.source.infos[theirs]
-    if info.dtype not in FLOAT_DTYPES and (not info.dtype.startswith("F8") or len(info.shape) > 2):
+    known = info.dtype in FLOAT_DTYPES or info.dtype in BLOCKS
+    if not known and (not info.dtype.startswith("F8") or len(info.shape) > 2):
         return [f"{theirs}: is {recognition.describe(info)}, and nothing says what that stands for"]
     try:
         tensor = found.read_kept(name)
@@ -184,7 +184,8 @@ class _Reference:
             if name not in infos:
                 yield f"{name}: missing"
             elif infos[name] != promised:
-                yield f"{name}: is {infos[name]}, should be {promised}"
+                found, needed = (recognition.describe(info) for info in (infos[name], promised))
+                yield f"{name}: is {found}, should be {needed}"
         yield from (f"{name}: unexpected" for name in infos if name not in self.plan.outputs)
         target, metadata = self.plan.target, self._found.source.metadata
         for key, promised_text in target.metadata(self.plan.context).items():
@@ -303,6 +304,9 @@ def _not_finite(q: QuantizedTensor) -> Iterator[str]:
     for name, tensor in parts.items():
         if tensor is not None and not _finite(tensor):
             yield f"{name} holds NaN or infinity"
+    blocks = row_blocks(q) if CODES[q.spec.code].block else ()  # scales are among the bytes
+    if not all(_finite(effective_weight(part)) for _, part in blocks):
+        yield "its blocks stand for NaN or infinity"
     if q.smooth is not None and bool((q.smooth == 0).any()):
         yield "smooth holds zeros, by which the runtime divides"
     if q.input_scale is not None and not bool((q.input_scale > 0).all()):
@@ -319,8 +323,8 @@ def _finite(tensor: torch.Tensor) -> bool:
 def _scale(q: QuantizedTensor, weight: torch.Tensor, slack: float, learned: bool) -> Iterator[str]:
     """What the codes stand for must be as large as what the low-rank branch leaves of the weight.
 
-    Rounding to nearest draws towards zero, by no more than the square of its error. GPTQ and
-    searched scales may give up size for the error that they save, as a SHARE of what is noise.
+    Rounding to nearest, and scales by least squares, draw towards zero by no more than the square
+    of their error. GPTQ may give up size for the error that it saves, as a SHARE of what is noise.
     """
     off = along = whole = 0.0
     for start, part in row_blocks(q):
@@ -334,7 +338,7 @@ def _scale(q: QuantizedTensor, weight: torch.Tensor, slack: float, learned: bool
         return
     size, error = along / whole, off / whole
     noise = max(error - (1 - size) ** 2, 0.0) ** 0.5
-    below = max(slack, SHARE * noise) if learned else slack + error
+    below = max(slack + error, SHARE * noise if learned else 0.0)
     if not 1 - below <= size <= 1 + slack:
         yield f"its quantized weights are {size:.3f} times as large as the model's"
 

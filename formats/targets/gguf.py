@@ -19,7 +19,7 @@ diffusers quantizers/gguf/utils.py, ggml/docs/gguf.md for the keys.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,12 @@ PROVENANCE = "general."
 ARCHITECTURE, FILE_TYPE = "general.architecture", "general.file_type"
 VERSION = "general.quantization_version"
 KEYS = (ARCHITECTURE, FILE_TYPE, VERSION, "general.type")
+
+NEEDS_IMPORTANCE = ("iq2_xxs", "iq2_xs", "iq1_s")
+"""Types that ggml refuses to write without an importance matrix."""
+
+RESHAPED = "comfy.gguf.orig_shape."
+"""What keys begin with that give a tensor the shape it had; only ComfyUI-GGUF reads them."""
 
 FILE_TYPES = {
     "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11,
@@ -202,9 +208,7 @@ def _problems(
     infos: Infos, metadata: Mapping[str, Any], forms: Mapping[str, PackedForm]
 ) -> list[str]:
     """What makes a file unfit for each of its readers."""
-    lines = []
-    if not isinstance(metadata.get(ARCHITECTURE), str):
-        lines.append(f"{ARCHITECTURE}: missing; ComfyUI-GGUF has to guess it")
+    lines = [*_lies(metadata, forms), *fatal(infos, forms)]
     for name, info in infos.items():
         if len(name) > NAME_LIMIT:
             lines.append(f"{name}: {len(name)} characters; readers allow {NAME_LIMIT}")
@@ -215,6 +219,40 @@ def _problems(
         elif kept(name, info) == "F32" and info.dtype in HALVES and info.dtype != "F16":
             lines.append(f"{name}: found {describe(info)}, needed F32")
     return lines
+
+
+def fatal(infos: Infos, forms: Mapping[str, PackedForm]) -> list[str]:
+    """What is wrong with a file for anybody: biases that are not their layer's."""
+    biases = {layer: infos[f"{layer}.bias"] for layer in forms if f"{layer}.bias" in infos}
+    return [
+        f"{layer}.bias: found {list(bias.shape)}, needed {list(forms[layer].shape[:1])}"
+        for layer, bias in biases.items()
+        if bias.shape != forms[layer].shape[:1]
+    ]
+
+
+def _lies(metadata: Mapping[str, Any], forms: Mapping[str, PackedForm]) -> Iterator[str]:
+    """What the keys do not say, or say otherwise than the tensors."""
+    if not isinstance(metadata.get(ARCHITECTURE), str):
+        yield f"{ARCHITECTURE}: missing; ComfyUI-GGUF has to guess it"
+    if metadata.get(VERSION, 2) != 2:
+        yield f"{VERSION}: is {metadata[VERSION]!r}; readers know 2"
+    codes = Counter(form.spec.code for form in forms.values())
+    file_type = metadata.get(FILE_TYPE)
+    bases = [_base(name) for name, number in FILE_TYPES.items() if number == file_type]
+    if codes and bases and not codes.keys() & set(bases):
+        yield (
+            f"{FILE_TYPE}: is {file_type}, which means {bases[0].upper()}; "
+            f"most layers are {codes.most_common(1)[0][0].upper()}, and none is that"
+        )
+    for key in metadata:
+        if key.startswith(RESHAPED):
+            yield f"{key}: gives a tensor another shape, for ComfyUI-GGUF alone"
+
+
+def _base(name: str) -> str:
+    """The code that a file type gives to most layers."""
+    return schemes()[PREFIX + name].weight.code
 
 
 def filename(context: FileContext) -> str:
@@ -237,7 +275,7 @@ def metadata(context: FileContext) -> dict[str, Any]:
     """What a reader must know of the file, and where it comes from."""
     name = context.scheme.name.removeprefix(PREFIX)
     codes = Counter(form.spec.code for form in context.layers.values())
-    if name not in FILE_TYPES:
+    if name not in FILE_TYPES or _base(name) not in codes:
         name = codes.most_common(1)[0][0] if codes else "f16"
     known = {key: value for key, value in context.facts.items() if "." in key}
     said = {
