@@ -145,9 +145,9 @@ def _offer_blocks(
 ) -> None:
     """The same for ggml's types, whose scales are found by least squares of one or another kind.
 
-    rtn: as without an importance matrix; mse: with ones, and with the mean squares of the inputs
-    where they are known; gptq: then from the loudest input on and over all again, for types whose
-    codes stand for one weight each.
+    rtn: as without an importance matrix; mse: with ones, and where the mean squares of the inputs
+    are known, the best of without, ones and these; gptq: then from the loudest input on and over
+    all again, for types whose codes stand for one weight each.
     """
     metric = None if inputs is None else inputs.mean_square
     if aim.rounding == "rtn":
@@ -157,6 +157,8 @@ def _offer_blocks(
     consider(blocks.result(weight, aim.spec, torch.ones(weight.shape[1])))
     if inputs is None or metric is None:
         return
+    if aim.spec.code not in NEEDS_IMPORTANCE:
+        consider(blocks.result(weight, aim.spec))
     consider(blocks.result(weight, aim.spec, metric))
     if aim.rounding != "gptq" or inputs.moment is None or not blockwise.covers(aim.spec.code):
         return

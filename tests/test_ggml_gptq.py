@@ -67,7 +67,10 @@ def grid(q: QuantizedTensor) -> Tensor:
     offset = 0.0
     if found.offset is not None:
         offset = found.offset.double().repeat_interleave(wide, 1)[..., None]
-    return step[..., None] * fields.levels(q.spec.code).double() + offset
+    levels = fields.levels(q.spec.code).double()
+    if q.spec.code == "q8_0":  # of which ggml never writes -128
+        levels = levels[1:]
+    return step[..., None] * levels + offset
 
 
 def values(q: QuantizedTensor) -> Tensor:

@@ -31,6 +31,9 @@ SWEEPS = 2
 STRETCH = 32
 """Channels between two products."""
 
+LOWEST = {"q8_0": -127.0}
+"""Where ggml never writes the lowest level there is."""
+
 ROWS = 4096
 """Rows at a time: a stretch of them stays in the processor's cache."""
 
@@ -124,8 +127,9 @@ class _Ladder:
         self._divisor = self._step.masked_fill(self._step == 0, torch.inf)
         self._offset = None if found.offset is None else found.offset.T.contiguous()
         self._width = len(self._codes) // len(self._step)
-        low, top = float(self._levels[0]), float(self._levels[-1])
-        self._ends = (low, top) if len(self._levels) == top - low + 1 else None
+        self._first, top = float(self._levels[0]), float(self._levels[-1])
+        whole = len(self._levels) == top - self._first + 1
+        self._ends = (LOWEST.get(code, self._first), top) if whole else None
         self._borders = (self._levels[1:] + self._levels[:-1]) / 2
 
     def round(self, column: Tensor, place: int) -> Tensor:
@@ -134,9 +138,8 @@ class _Ladder:
         offset = None if self._offset is None else self._offset[sub]
         steps = (column if offset is None else column - offset) / self._divisor[sub]
         if self._ends is not None:
-            low, top = self._ends
-            level = steps.round_().clamp_(low, top)
-            self._codes[place] = level - low if low else level
+            level = steps.round_().clamp_(*self._ends)
+            self._codes[place] = level - self._first if self._first else level
         else:
             nearest = torch.searchsorted(self._borders, steps)
             level = self._levels[nearest]
