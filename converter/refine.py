@@ -29,7 +29,7 @@ def refine(
 ) -> tuple[Prepared, Stats]:
     """The job as its statistics want it, and the statistics of the inputs as they will be."""
     if prepared.plan.scheme.menu:
-        prepared = prepared.replan(allot(prepared, stats, listen))
+        prepared = allot(prepared, stats, listen)
     if prepared.calibration is None:
         return prepared, stats
     if prepared.job.precondition != "off" or prepared.plan.folds:

@@ -62,8 +62,14 @@ MIXES: Mapping[str, tuple[Mix, ...]] = {
 }
 """By file type. Of q2_k, q4_0 and q5_0 there is a pure form too, as a layout of the target."""
 
-MENU = ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0")
-"""What a mix by measured errors is made of: types that every reader decodes fast."""
+MENU = (
+    *("q2_k", "q3_k", "iq4_xs", "q4_k", "q4_1", "q5_k", "q5_1", "q6_k", "q8_0"),
+    *("iq4_nl", "q5_0"),  # in the place of Q4_K and Q5_K, where 256 does not divide a width
+)
+"""What a mix by measured errors is made of, of types of one size the first that a layer can have.
+
+Every reader decodes them fast, which cannot be said of the types between Q2_K and IQ4_XS but Q3_K.
+"""
 
 AUTO = "gguf-auto"
 
