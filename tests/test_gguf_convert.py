@@ -73,17 +73,16 @@ def manifest(out: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------ every scheme
 
 
-@pytest.mark.parametrize("scheme", GGUF)
+@pytest.mark.parametrize("scheme", [name for name in GGUF if name != "gguf-auto"])
 def test_every_scheme_goes_all_the_way(
     scheme: str, tmp_path: Path, weights: Mapping[str, Tensor]
 ) -> None:
     out = tmp_path / "out"
     file = converted(out, scheme)
-    if scheme != "gguf-auto":  # by default stable-diffusion.cpp's bytes, which takes ones
-        assert_ggmls(file, weights, torch.ones(256))
+    assert_ggmls(file, weights, torch.ones(256))  # as stable-diffusion.cpp does
     said = done("inspect", file)
     assert "family     FLUX.1" in said and "problem" not in said
-    assert scheme == "gguf-auto" or f"scheme     {scheme}" in said or scheme == "gguf-q3_k"
+    assert f"scheme     {scheme}" in said or scheme.endswith("_k")  # small, where it is pure
     assert "sound" in done("verify", out)
     seen = json.loads(done("verify", out, "--against", "flux-digits", "--json"))
     assert seen["problems"] == [] and len(seen["layers"]) == 19
@@ -261,7 +260,8 @@ def test_the_default_output_names_model_scheme_and_target(
 
 def test_auto_says_its_budget(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    file = converted(out, "gguf-auto", "--bits", 6, "--rounding", "rtn")
+    file = converted(out, "gguf-auto", "--bits", 6)
+    assert "sound" in done("verify", out, "--against", "flux-digits")
     size = sum(i.nbytes for i in GGUFSource((file,)).infos.values() if i.dtype in BLOCKS)
     weights = sum(i.numel for i in GGUFSource((file,)).infos.values() if i.dtype in BLOCKS)
     assert 5.5 < 8 * size / weights <= 6 and file.name.endswith("BPW.gguf")
