@@ -39,9 +39,9 @@ from dqconvert.quantizers.tensors import LayerStats, LinearProblem
 BITS = 4.5
 """Of a weight, unless told otherwise: the size of Q4_K."""
 
-ROWS = 2048
-"""Of a weight's rows about so many are measured, at equal distances: they tell types apart as
-well as all do, and neither time nor memory grows with the layer."""
+ROWS = 512
+"""Of a weight's rows about so many are measured, at equal distances: they tell types apart almost
+as well as all do (2 % of the error on flux-digits), and neither time nor memory grows with them."""
 
 MAX_WORKERS = 8
 """Layers in hand at once."""

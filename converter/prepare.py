@@ -21,7 +21,7 @@ from dqconvert.formats.targets import Target, gguf, recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.ggml import jit
 from dqconvert.quantizers.schemes import scheme
-from dqconvert.quantizers.spec import ALL, CODES, Scheme
+from dqconvert.quantizers.spec import ALL, CODES, NEEDS_IMPORTANCE, Scheme
 
 if TYPE_CHECKING:
     from dqconvert.converter.precondition import Precondition
@@ -130,7 +130,7 @@ def _notes_of_blocks(prepared: Prepared) -> Iterator[str]:
             "numba is not installed: these types take about 10 times as long; "
             "pip install 'dqconvert[fast]'"
         )
-    blind = [code.upper() for code in codes if code in gguf.NEEDS_IMPORTANCE]
+    blind = [code.upper() for code in codes if code in NEEDS_IMPORTANCE]
     if blind and prepared.calibration is None and prepared.job.imatrix is None:
         yield (
             f"no --calib and no --imatrix: {', '.join(blind)} is made for an importance matrix; "

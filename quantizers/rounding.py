@@ -20,9 +20,9 @@ from torch import Tensor
 from dqconvert.quantizers import gptq, mse, rtn
 from dqconvert.quantizers.ggml import blocks
 from dqconvert.quantizers.ggml import gptq as blockwise
-from dqconvert.quantizers.ggml.blocks import NEEDS_IMPORTANCE, is_block
+from dqconvert.quantizers.ggml.blocks import is_block
 from dqconvert.quantizers.hadamard import rotate
-from dqconvert.quantizers.spec import ALL, QuantSpec
+from dqconvert.quantizers.spec import ALL, NEEDS_IMPORTANCE, QuantSpec
 from dqconvert.quantizers.tensors import LayerStats, LinearProblem, QuantizedTensor
 
 

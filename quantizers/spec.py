@@ -33,6 +33,9 @@ BLOCKS = {
 }  # fmt: skip
 """ggml's block types: weights and bytes of a block, which lies within a row (ggml-common.h)."""
 
+NEEDS_IMPORTANCE = frozenset({"iq2_xs", "iq2_xxs", "iq1_s"})
+"""Codes of block types that ggml refuses to quantize without an importance matrix."""
+
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from dqconvert.quantizers.ggml import blocks, grids
-from dqconvert.quantizers.spec import BLOCKS
+from dqconvert.quantizers.spec import BLOCKS, NEEDS_IMPORTANCE
 
 pytest.importorskip("numba")
 from dqconvert.quantizers.ggml.compiled.floats import to_half
@@ -37,9 +37,7 @@ def importance(way: str) -> torch.Tensor | None:
 
 def cases() -> list[tuple[str, str]]:
     """Types with the ways that ggml has for them."""
-    return [
-        (code, way) for code in CODES for way in WAYS if way or code not in blocks.NEEDS_IMPORTANCE
-    ]
+    return [(code, way) for code in CODES for way in WAYS if way or code not in NEEDS_IMPORTANCE]
 
 
 @pytest.mark.parametrize(("code", "way"), cases())

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.ggml import blocks, jit
-from dqconvert.quantizers.ggml.blocks import NEEDS_IMPORTANCE
-from dqconvert.quantizers.spec import BLOCKS, CODES
+from dqconvert.quantizers.spec import BLOCKS, CODES, NEEDS_IMPORTANCE
 
 ERRORS = {
     "q8_0": (0.00535, 0.00535), "q6_k": (0.01774, 0.01729), "q5_1": (0.03786, 0.03378),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dqconvert.quantizers.ggml import blocks
 from dqconvert.quantizers.ggml.plain import codebook, iq1, iq2, iq3, lanes
-from dqconvert.quantizers.spec import BLOCKS
+from dqconvert.quantizers.spec import BLOCKS, NEEDS_IMPORTANCE
 
 MODULES = (iq3, iq2, iq1)
 QUANTIZERS = {code: way for module in MODULES for code, way in module.QUANTIZERS.items()}
@@ -95,7 +95,7 @@ def test_one_block_alone(code: str) -> None:
 @every_code
 @pytest.mark.parametrize("importance", [None, torch.ones(512), torch.zeros(512)])
 def test_zeros_stay_zeros(code: str, importance: Tensor | None) -> None:
-    if importance is None and code in blocks.NEEDS_IMPORTANCE:
+    if importance is None and code in NEEDS_IMPORTANCE:
         return
     weight = DEQUANTIZERS[code](QUANTIZERS[code](torch.zeros(3, 512), importance))
     assert torch.equal(weight, torch.zeros(3, 512))
@@ -129,9 +129,7 @@ def test_everything_happens_on_the_tensors_device(
     """
     monkeypatch.setattr(codebook.Codebook, "choose", lambda self, codes, *_: codes)
     rows, importance = torch.empty(3, 768, device="meta"), torch.empty(768, device="meta")
-    for given_importance in (
-        (importance,) if code in blocks.NEEDS_IMPORTANCE else (None, importance)
-    ):
+    for given_importance in (importance,) if code in NEEDS_IMPORTANCE else (None, importance):
         packed = QUANTIZERS[code](rows, given_importance)
         assert packed.shape == (3, blocks.row_bytes(code, 768))
         assert DEQUANTIZERS[code](packed).shape == rows.shape

@@ -25,7 +25,6 @@ from torch import Tensor
 from dqconvert.converter import layers, streaming
 from dqconvert.converter.families import families
 from dqconvert.formats.gguf_source import GGUFSource
-from dqconvert.formats.targets import gguf as target
 from dqconvert.quantizers.ggml import blocks, jit
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.spec import BLOCKS
@@ -172,10 +171,6 @@ def test_types_that_want_an_importance_matrix_say_so(scheme: str) -> None:
     said = done("flux-digits", "--scheme", scheme, "--dry-run")
     assert "note: no --calib and no --imatrix: IQ" in said
     assert "imatrix" not in done("flux-digits", "--scheme", "gguf-iq2_s", "--dry-run")
-
-
-def test_what_needs_importance_is_known_in_both_places() -> None:
-    assert set(target.NEEDS_IMPORTANCE) == blocks.NEEDS_IMPORTANCE
 
 
 # ------------------------------------------------------------------------------------- options

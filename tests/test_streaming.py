@@ -38,11 +38,14 @@ def manifest(folder: Path) -> list[dict[str, float]]:
     return found
 
 
+SOME_BLOCKS = [(f"gguf-{code}", "gguf") for code in ("q8_0", "q4_1", "iq4_nl")]
+
+
 def plain() -> list[tuple[str, str]]:
     """Schemes and targets whose layers go in blocks of rows."""
     return [
         (name, target)
-        for name, target in checkpoints.PAIRS
+        for name, target in (*checkpoints.PAIRS, *SOME_BLOCKS)
         if targets()[target].rows(form_of(target, schemes()[name])) and name != "convrot-w4a8"
     ]
 

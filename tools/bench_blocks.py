@@ -16,7 +16,8 @@ import torch
 from gguf import GGMLQuantizationType
 
 from dqconvert.quantizers.ggml import blocks
-from dqconvert.quantizers.ggml.blocks import MODULES, NEEDS_IMPORTANCE
+from dqconvert.quantizers.ggml.blocks import MODULES
+from dqconvert.quantizers.spec import NEEDS_IMPORTANCE
 
 GGML: dict[str, tuple[float | None, float | None]] = {
     "q4_0": (958, 33), "q4_1": (1019, 7), "q5_0": (545, 33), "q5_1": (579, 7), "q8_0": (290, None),

@@ -10,8 +10,8 @@ import click
 import torch
 
 from dqconvert.quantizers.ggml import blocks
-from dqconvert.quantizers.ggml.blocks import MODULES, NEEDS_IMPORTANCE
-from dqconvert.quantizers.spec import BLOCKS
+from dqconvert.quantizers.ggml.blocks import MODULES
+from dqconvert.quantizers.spec import BLOCKS, NEEDS_IMPORTANCE
 
 ROWS, COLUMNS = 128, 3072
 

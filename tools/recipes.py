@@ -50,8 +50,36 @@ def _plain() -> list[Row]:
     return found
 
 
+UNIVERSAL = (
+    "q8_0", "q6_k", "q5_1", "q5_k", "q5_0", "q4_1", "q4_k", "q4_0", "iq4_nl", "iq4_xs", "q3_k",
+    "q2_k",
+)  # fmt: skip
+"""Block types that all readers of GGUF decode fast."""
+
+RARE = ("mxfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+MIXES = ("q2_k", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_m")
+BITS = (2.7, 3.5, 4.5, 4.57, 5.5, 6.5)
+
+
+def _gguf() -> list[Row]:
+    """Block types without, with calibrated importance, and by GPTQ; mixes; mixes by error."""
+    found = []
+    for name in UNIVERSAL:
+        for rounding in ("rtn", "mse", "gptq"):
+            pure = {"layout": "pure"} if name in ("q2_k", "q4_0", "q5_0") else {}
+            title = f"gguf-{name}, {rounding}"
+            found.append(Row(title, f"gguf-{name}", rounding, "gguf", more=pure))
+    found += [Row(f"gguf-{name}, mse", f"gguf-{name}", "mse", "gguf") for name in RARE]
+    found += [Row(f"gguf-{name}, mix", f"gguf-{name}", "gptq", "gguf") for name in MIXES]
+    for bits in BITS:
+        title = f"gguf-auto --bits {bits}"
+        found.append(Row(title, "gguf-auto", "gptq", "gguf", more={"bits": bits}))
+    return found
+
+
 RECIPES = (
     *_plain(),
+    *_gguf(),
     Row("bnb-nf4", "bnb-nf4"),
     Row("bnb-int8", "bnb-int8"),
     Row("gptq-w4a16 g128, rtn", "gptq-w4a16", "rtn"),

@@ -61,9 +61,6 @@ ARCHITECTURE, FILE_TYPE = "general.architecture", "general.file_type"
 VERSION = "general.quantization_version"
 KEYS = (ARCHITECTURE, FILE_TYPE, VERSION, "general.type")
 
-NEEDS_IMPORTANCE = ("iq2_xxs", "iq2_xs", "iq1_s")
-"""Types that ggml refuses to write without an importance matrix."""
-
 RESHAPED = "comfy.gguf.orig_shape."
 """What keys begin with that give a tensor the shape it had; only ComfyUI-GGUF reads them."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dqconvert.quantizers.errors import DataError
 from dqconvert.quantizers.ggml import jit
-from dqconvert.quantizers.spec import BLOCKS, CODES, QuantSpec
+from dqconvert.quantizers.spec import BLOCKS, CODES, NEEDS_IMPORTANCE, QuantSpec
 from dqconvert.quantizers.tensors import QuantizedTensor
 
 MODULES = {
@@ -32,9 +32,6 @@ MODULES = {
     "iq1": ("iq1_s", "iq1_m"),
 }
 """The modules of compiled/ and plain/, and the codes that each of them knows."""
-
-NEEDS_IMPORTANCE = frozenset({"iq2_xs", "iq2_xxs", "iq1_s"})
-"""Codes that ggml refuses without an importance matrix."""
 
 _ONE_WAY = frozenset({"q8_0", "tq1_0", "tq2_0", "mxfp4"})
 """Codes whose bytes no importance changes."""

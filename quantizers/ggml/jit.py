@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
+_ONE = threading.Lock()
 
 
 def available() -> bool:
@@ -27,14 +29,15 @@ def kernel(function: F) -> F:
     import numba
 
     options = {"nogil": True, "error_model": "numpy", "fastmath": False}
-    before = numba.config.CACHE_DIR
-    try:
-        numba.config.CACHE_DIR = str(folder())
-        return cast(F, numba.njit(cache=True, **options)(function))
-    except (OSError, RuntimeError):  # no folder to keep it in
-        return cast(F, numba.njit(**options)(function))
-    finally:
-        numba.config.CACHE_DIR = before
+    with _ONE:  # the folder is a setting of all of numba, read when a function is wrapped
+        before = numba.config.CACHE_DIR
+        try:
+            numba.config.CACHE_DIR = str(folder())
+            return cast(F, numba.njit(cache=True, **options)(function))
+        except (OSError, RuntimeError):  # no folder to keep it in
+            return cast(F, numba.njit(**options)(function))
+        finally:
+            numba.config.CACHE_DIR = before
 
 
 @cache
