@@ -25,7 +25,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
 def forward(model: Any) -> Tensor:
     """What the model makes of fixed noise."""
     rng = torch.Generator().manual_seed(1)
-    dtype = next(model.parameters()).dtype
+    dtype = model.dtype
 
     def noise(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
