@@ -102,7 +102,7 @@ def _measured(
     def measure(layer: LayerPlan, menu: Menu) -> list[float]:
         if len(menu) == 1:
             return [0.0]
-        problem = _sample(problem_of(layer, prepared.source, stats))
+        problem = _sample(problem_of(layer, prepared.source, stats)).to(prepared.job.device)
         return _errors(problem, list(menu.values()), prepared.rounding)
 
     found: list[list[float]] = []
