@@ -126,15 +126,19 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
     return problems
 
 
+def is_grouped(scheme: Scheme) -> bool:
+    """Whether the user may choose the size of a scheme's groups, and zero points."""
+    return scheme.activation is None and scheme.weight.code == "int4"
+
+
 def _size_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
     problems = []
-    grouped = scheme.activation is None and scheme.weight.code == "int4"
-    if options.group_size is not None and not grouped:
+    if options.group_size is not None and not is_grouped(scheme):
         problems.append(f"--group-size: the groups of scheme {scheme.name} are fixed")
     elif options.group_size not in (None, 32, 64, 128):
         problems.append(f"--group-size {options.group_size}: must be 32, 64 or 128")
     if options.bits is not None and not scheme.menu:
         problems.append(f"--bits: scheme {scheme.name} has a size of its own")
-    if options.zero_points and not grouped:
+    if options.zero_points and not is_grouped(scheme):
         problems.append(f"--zero-points: scheme {scheme.name} is symmetric")
     return problems

@@ -22,7 +22,7 @@ from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource, open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
-from dqconvert.converter.options import KEEP, PlanOptions
+from dqconvert.converter.options import KEEP, PlanOptions, is_grouped
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
@@ -266,9 +266,12 @@ def _options(found: Reopened, name: str) -> PlanOptions:
             own = recognition.scheme_for(target, [layer.form]) or own
         if own != name:
             choices |= dict.fromkeys(layer.modules, own)
-    if found.manifest.scheme is None:
-        choices |= dict.fromkeys(found.unpacked(), KEEP)
-    grouped = [form for form in forms if main.activation is None and form.spec.tile[0] == 1]
+    for module in found.unpacked():  # kept, or 16 bit among blocks
+        theirs, _ = found.kept[f"{module}.weight"]
+        own = found.manifest.schemes.get(theirs.removesuffix(".weight"), "")
+        if own or found.manifest.scheme is None:
+            choices[module] = own or KEEP
+    grouped = [form for form in forms if is_grouped(main) and form.spec.tile[0] == 1]
     group = grouped[0].spec.tile[1] if grouped else None
     return PlanOptions(
         rank=found.recognized.rank or None,
