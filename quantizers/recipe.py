@@ -29,6 +29,7 @@ from dqconvert.quantizers.rounding import Aim, Inputs, offer
 from dqconvert.quantizers.spec import ALL, QuantSpec, Scheme
 from dqconvert.quantizers.tensors import (
     TORCH_DTYPES,
+    LayerStats,
     LinearProblem,
     LowRank,
     QuantizedTensor,
@@ -154,11 +155,7 @@ def output_error(
     if not len(stats.rows):
         weight = problem.weight.float()
         off = effective_weight(q) - weight
-        moment = torch.diag(stats.mean_square)
-        moment = moment if stats.second_moment is None else stats.second_moment.float()
-        return _ratio(
-            ((off @ moment) * off).sum().sqrt(), ((weight @ moment) * weight).sum().sqrt()
-        )
+        return _ratio(_predicted(off, stats), _predicted(weight, stats))
     x = stats.rows.float()
     if reference is None:
         reference = x @ problem.weight.float().T
@@ -166,6 +163,13 @@ def output_error(
     varying = reference - reference.mean(0) if len(reference) > 1 else reference
     measure = torch.maximum(varying.norm(), FLAT * reference.norm())
     return _ratio((apply(q, x, activation) - exact).norm(), measure)
+
+
+def _predicted(weight: Tensor, stats: LayerStats) -> Tensor:
+    """||X Wᵀ|| of a weight [N, K] as XᵀX predicts it, or its diagonal where that alone is known."""
+    if stats.second_moment is None:
+        return (weight.square() @ stats.mean_square.float()).sum().sqrt()
+    return ((weight @ stats.second_moment.float()) * weight).sum().sqrt()
 
 
 def _smooth(problems: Sequence[LinearProblem], scheme: Scheme, options: RecipeOptions) -> Tensor:
