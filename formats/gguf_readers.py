@@ -17,6 +17,9 @@ Infos = Mapping[str, TensorInfo]
 NAME_LIMIT = 127
 """Characters of a name; stock ggml stops at 63, which no reader of diffusion models uses."""
 
+CPP_NAME, CPP_RANK = 160, 4
+"""stable-diffusion.cpp's GGML_MAX_NAME and GGML_MAX_DIMS, beyond which it has a second reader."""
+
 FAST = (
     "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
     "IQ4_XS",
@@ -39,7 +42,7 @@ def readers(infos: Infos, metadata: Mapping[str, Any]) -> dict[str, str]:
     found = {
         "ComfyUI-GGUF": (_comfyui, _comfyui_slow),
         "diffusers": (_diffusers, _nothing),
-        "stable-diffusion.cpp": (_nothing, _nothing),  # it has llama.cpp's names, and all types
+        "stable-diffusion.cpp": (_cpp, _nothing),
     }
     return {
         name: _verdict(list(against(infos, metadata)), list(but(infos, metadata)))
@@ -85,6 +88,14 @@ def _diffusers(infos: Infos, metadata: Mapping[str, Any]) -> Iterator[str]:
     flux = "double_blocks.0.img_mod.lin.weight" in infos
     if flux and width is not None and width.shape[0] != FLUX_WIDTH:
         yield f"its converter takes FLUX.1 to be {FLUX_WIDTH} wide; this is {width.shape[0]}"
+
+
+def _cpp(infos: Infos, metadata: Mapping[str, Any]) -> Iterator[str]:
+    """It has llama.cpp's names too, and all types; but see gguf_header."""
+    key = next((key for key, value in metadata.items() if isinstance(value, list)), None)
+    for name, info in infos.items():
+        if key is not None and (len(info.shape) > CPP_RANK or len(name.encode()) >= CPP_NAME):
+            yield f"beside {name} {list(info.shape)} it cannot get past the list {key}"
 
 
 def _bare(infos: Infos, allowed: tuple[str, ...]) -> Iterator[str]:

@@ -90,6 +90,12 @@ def test_the_architecture_is_one_that_comfyui_knows(name: str) -> None:
     assert metadata["general.architecture"] in COMFYUI
 
 
+def test_an_embedding_that_diffusers_looks_up_is_fp32() -> None:
+    config = dict(real("qwen_image")) | {"num_layers": 1, "use_additional_t_cond": True}
+    found = planned("qwen_image", config).outputs["time_text_embed.addition_t_embedding.weight"]
+    assert found == TensorInfo("F32", (2, 3072))
+
+
 @each_model
 def test_tensors_that_no_linear_decodes_are_fp32(name: str, config: Mapping[str, Any]) -> None:
     for key, info in planned(name, config).outputs.items():
@@ -280,6 +286,8 @@ def test_other_schemes_have_no_place_in_gguf(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------- readers
 
 FLUX = {"general.architecture": "flux"}
+LONE = TensorInfo("F32", (4,))
+FIVE = {"a.weight": TensorInfo("F32", (4, 4, 1, 2, 2))}
 LINEAR = {"double_blocks.0.img_mlp.0.weight": TensorInfo("Q4_K", (64, 256))}
 
 
@@ -300,6 +308,10 @@ def test_a_file_of_ours_is_for_all_readers() -> None:
         ({"pad_token": TensorInfo("BF16", (1, 64))}, FLUX, "ComfyUI-GGUF", "no: pad_token is BF16"),
         ({"a.bias": TensorInfo("BF16", (4,))}, FLUX, "stable-diffusion.cpp", "yes"),
         (LINEAR, {"general.architecture": "t5"}, "diffusers", "no: it reads transformers alone"),
+        (LINEAR, {"a.list": [1]}, "stable-diffusion.cpp", "yes"),
+        (FIVE, {"a.name": "b"}, "stable-diffusion.cpp", "yes"),
+        (FIVE, {"a.list": [1]}, "stable-diffusion.cpp", "no: beside a.weight [4, 4, 1, 2, 2]"),
+        ({"a" * 160: LONE}, {"a.list": [1]}, "stable-diffusion.cpp", "no: beside aaa"),
     ],
 )
 def test_who_cannot_read_a_file_is_told(

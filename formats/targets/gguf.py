@@ -50,8 +50,11 @@ PURE = "pure"
 TINY = 1024
 """Tensors with up to so many elements are F32."""
 
-ADDED = ("position_embedding.weight", "attn_rel_b.weight")
-"""Matrices of text encoders that runtimes add as they are, without a linear that decodes them."""
+UNDECODED = (
+    "position_embedding.weight", "attn_rel_b.weight", "addition_t_embedding.weight",
+)  # fmt: skip
+"""Matrices that no linear decodes: text encoders add two of them as they are, and diffusers looks
+rows of Qwen-Image-Layered's up."""
 
 HALVES = ("F16", "BF16")
 PROVENANCE = "general."
@@ -114,7 +117,7 @@ def fitting(spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec:
 def kept(name: str, info: TensorInfo) -> str:
     """The dtype of a tensor that stays unquantized."""
     matrix = name.endswith(".weight") and len(info.shape) == 2 and info.numel > TINY
-    matrix = matrix and not name.endswith(ADDED)
+    matrix = matrix and not name.endswith(UNDECODED)
     return info.dtype if matrix and info.dtype in HALVES else "F32"
 
 
@@ -213,7 +216,7 @@ def _problems(
             continue
         if info.dtype in BLOCKS:
             lines.append(f"{name}: {describe(info)}; only matrices of linears can be blocks")
-        elif kept(name, info) == "F32" and info.dtype in HALVES and info.dtype != "F16":
+        elif info.dtype == "BF16" and kept(name, info) == "F32":
             lines.append(f"{name}: found {describe(info)}, needed F32")
     return lines
 
