@@ -28,6 +28,9 @@ FAST, SLOW = "tokenizer.json", "spiece.model"
 _UNSCORED, _PADDING = -1000.0, -10000.0
 """Scores of tokens that were added to a model, and of rows of the embedding without a token."""
 
+MAX_TOKENS, MAX_SCORE = 1 << 22, 1e30
+"""Beyond any tokenizer's, and within what a GGUF file holds."""
+
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -101,13 +104,14 @@ def read_slow(model: bytes, where: Path) -> Unigram:
     """sentencepiece's own file; ComfyUI's checkpoints hold the same bytes as spiece_model."""
     try:
         proto: Any = import_module("sentencepiece.sentencepiece_model_pb2").ModelProto()
+        broken: Any = import_module("google.protobuf.message").DecodeError
     except ImportError as error:
         raise DQConvertError(
             f"{where}: needs sentencepiece and protobuf: pip install 'dqconvert[calibration]'"
         ) from error
     try:
         proto.ParseFromString(model)
-    except Exception as error:
+    except broken as error:
         raise SourceError(f"{where}: not a sentencepiece model ({error})") from error
     if not proto.pieces or proto.trainer_spec.model_type != 1:
         raise SourceError(f"{where}: not a Unigram model")
@@ -124,11 +128,7 @@ def read_fast(path: Path) -> Unigram:
     model = said.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), list):
         raise SourceError(f"{path}: not a Unigram model, which is what T5 and UMT5 have")
-    try:
-        vocabulary = [(str(piece), float(score)) for piece, score in model["vocab"]]
-        added = {int(one["id"]): str(one["content"]) for one in said.get("added_tokens") or []}
-    except (TypeError, ValueError, KeyError) as error:
-        raise SourceError(f"{path}: broken vocabulary ({error!r})") from error
+    vocabulary, added = _vocabulary(path, said)
     unknown, names = model.get("unk_id"), _special(path.parent)
     bytes_too = sum(bool(_BYTE.fullmatch(piece)) for piece, _ in vocabulary) == 256
     pieces = []
@@ -149,7 +149,28 @@ def read_fast(path: Path) -> Unigram:
         pieces.append((piece, score, kind))
     ids = {piece: number for number, (piece, _, _) in enumerate(pieces)}
     eos, pad = ids.get(names["eos_token"]), ids.get(names["pad_token"])
+    if not isinstance(unknown, int) or not 0 <= unknown < len(pieces):
+        unknown = None
     return Unigram(pieces, _space_prefix(said), _one_space(said), eos, pad, unknown)
+
+
+def _vocabulary(
+    path: Path, said: Mapping[str, Any]
+) -> tuple[list[tuple[str, float]], dict[int, str]]:
+    """Pieces with their scores, and the tokens that were added, by id; SourceError if broken."""
+    try:
+        vocabulary = [(str(piece), float(score)) for piece, score in said["model"]["vocab"]]
+        added = {int(one["id"]): str(one["content"]) for one in said.get("added_tokens") or []}
+        "".join((*(piece for piece, _ in vocabulary), *added.values())).encode()
+    except (TypeError, ValueError, KeyError) as error:
+        raise SourceError(f"{path}: broken vocabulary ({error!r})") from error
+    for number in added:
+        if not 0 <= number < MAX_TOKENS:
+            raise SourceError(f"{path}: broken vocabulary (a token is number {number})")
+    for piece, score in vocabulary:
+        if not abs(score) <= MAX_SCORE:
+            raise SourceError(f"{path}: broken vocabulary (the score of {piece!r} is {score})")
+    return vocabulary, added
 
 
 def _special(folder: Path) -> dict[str, str]:
@@ -187,5 +208,6 @@ def _steps(part: Any) -> Iterator[Mapping[str, Any]]:
     """The steps of a normalizer or a pre-tokenizer, out of sequences."""
     if isinstance(part, dict):
         yield part
-        for inner in part.get("normalizers") or part.get("pretokenizers") or []:
+        inside = part.get("normalizers") or part.get("pretokenizers")
+        for inner in inside if isinstance(inside, list) else ():
             yield from _steps(inner)

@@ -146,6 +146,29 @@ def test_a_tokenizer_must_fit_its_model(slow: Path, fast: Path, tmp_path: Path) 
             tokenizers.metadata(fast, ROWS)
 
 
+HOSTILE = {
+    "a token of a billion": {"added_tokens": [{"id": 10**9, "content": "a"}]},
+    "a token before the first": {"added_tokens": [{"id": -1, "content": "a"}]},
+    "half a letter": {"model": {"vocab": [["\ud800", -1.0]]}},
+    "a score that fp32 cannot hold": {"model": {"vocab": [["a", 1e300]]}},
+    "no score": {"model": {"vocab": [["a", float("nan")]]}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_vocabulary_that_no_file_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    said = {"model": {"vocab": [["a", -1.0]]}} | HOSTILE[name]
+    (tmp_path / tokenizers.FAST).write_text(json.dumps(said))
+    with pytest.raises(SourceError, match="broken vocabulary"):
+        tokenizers.metadata(tmp_path, ROWS)
+
+
+def test_what_is_said_of_steps_and_the_unknown_need_not_make_sense(tmp_path: Path) -> None:
+    said = {"model": {"vocab": [["a", -1.0]], "unk_id": 7}, "normalizer": {"normalizers": 5}}
+    (tmp_path / tokenizers.FAST).write_text(json.dumps(said))
+    assert "tokenizer.ggml.unknown_token_id" not in tokenizers.metadata(tmp_path, 1)
+
+
 def test_the_folder_beside_an_encoder(slow: Path, fast: Path, tmp_path: Path) -> None:
     for name, folder in (("text_encoder", slow), ("text_encoder_2", fast)):
         (tmp_path / name).mkdir()
