@@ -77,6 +77,7 @@ def convert(
             output_bytes=plan.nbytes,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),
+            weights=tuple(plan.files),
             notes=(*prepared.notes, *advised(prepared, stats, layers)),
             precondition=prepared.precondition.kinds if prepared.precondition else {},
         )

@@ -76,7 +76,11 @@ class LayerReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a conversion did. precondition: {first of the linears that read an input: kind}."""
+    """What a conversion did.
+
+    weights: files inside the output that hold the tensors; files: all that it holds, with sizes and
+    hashes; precondition: {first of the linears that read an input: kind}.
+    """
 
     output: Path
     layers: tuple[LayerReport, ...]
@@ -85,6 +89,7 @@ class Report:
     seconds: float
     peak_memory: int
     notes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     precondition: Mapping[str, str] = field(default_factory=dict)
 

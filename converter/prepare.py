@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +62,8 @@ class Prepared:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of what was decided."""
-        found = [*self.found, *_notes_without_calibration(self), *_notes_of_blocks(self)]
+        found = [*self.found, *_notes_without_calibration(self)]
+        found += [*_notes_of_types(self), *_notes_of_blocks(self)]
         whole = sum(form.full_precision for form in self.plan.context.layers.values())
         if whole and self.calibration is not None:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
@@ -119,6 +121,22 @@ def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
             + (f"; {whole} layers whose inputs pass that multiply in 16 bit" if whole else "")
             + "; give prompts for static scales"
         )
+
+
+def _notes_of_types(prepared: Prepared) -> Iterator[str]:
+    """Layers that have, or will have, another type than the one that was asked for."""
+    plan = prepared.plan
+    if plan.scheme.menu and not prepared.options.choices:
+        yield "the conversion measures which type each layer gets, and so sizes and the file's name"
+    fitted = Counter(
+        layer.form.spec.code.upper()
+        for layer in plan.layers
+        if layer.form and layer.scheme and hasattr(plan.target, "fitting")
+        if layer.form.spec.code != scheme(layer.scheme.name).weight.code
+    )
+    if fitted:
+        types = ", ".join(f"{count} {code}" for code, count in sorted(fitted.items()))
+        yield f"layers whose width the blocks do not divide are of other types: {types}"
 
 
 def _notes_of_blocks(prepared: Prepared) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +49,7 @@ def plan(prepared: Prepared, as_json: bool) -> None:
     click.echo(
         f"\n{prepared.source.family.title} ({prepared.source.dialect} names), "
         f"{decided.source_bytes / 1e9:.3f} GB -> {decided.nbytes / 1e9:.3f} GB, "
-        f"{len(decided.outputs)} tensors: {prepared.output}/{_filename(prepared)}"
+        f"{len(decided.outputs)} tensors: {prepared.output}/{_filename(decided.files)}"
     )
     for note in prepared.notes:
         click.echo(f"note: {note}")
@@ -159,7 +159,7 @@ def _summary(prepared: Prepared, report: Report) -> None:
     mean, output = report.mean("weight_error"), report.mean("output_error")
     ratio = report.source_bytes / max(report.output_bytes, 1)
     lines = [
-        f"{report.output}/{_filename(prepared)}",
+        f"{report.output}/{_filename(report.weights)}",
         f"  {prepared.plan.scheme.name} for {prepared.plan.target.NAME}: "
         f"{len(report.layers)} layers, {report.source_bytes / 1e6:,.1f} MB -> "
         f"{report.output_bytes / 1e6:,.1f} MB ({ratio:.2f} times smaller)",
@@ -172,6 +172,6 @@ def _summary(prepared: Prepared, report: Report) -> None:
     click.echo("\n".join(lines))
 
 
-def _filename(prepared: Prepared) -> str:
-    first, *others = prepared.plan.files
+def _filename(files: Iterable[str]) -> str:
+    first, *others = files
     return f"{first} and {len(others)} more" if others else first

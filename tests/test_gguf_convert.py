@@ -192,6 +192,13 @@ def test_overrides_and_keeps_are_in_the_file_and_the_manifest(tmp_path: Path) ->
     assert source.metadata["general.file_type"] == 14
 
 
+def test_16_bit_among_blocks_is_no_damage(tmp_path: Path) -> None:
+    words = ("--override", r"ff\.net=gguf-f16")
+    source = GGUFSource((converted(tmp_path / "out", "gguf-q4_k", *words),))
+    assert source.infos["double_blocks.0.img_mlp.0.weight"].dtype == "F16"
+    assert "sound" in done("verify", tmp_path / "out", "--against", "flux-digits")
+
+
 def test_an_override_of_everything_is_what_the_file_says_it_is(tmp_path: Path) -> None:
     """No layer is of the scheme's own type, so the file type is another."""
     file = converted(tmp_path / "out", "gguf-q4_k_m", "--override", ".=gguf-q8_0")
@@ -253,13 +260,19 @@ def test_the_default_output_names_model_scheme_and_target(
     assert "none, from weights alone" in card
 
 
+AUTO = ("--scheme", "gguf-auto")
+
+
 def test_auto_says_its_budget(tmp_path: Path) -> None:
     out = tmp_path / "out"
     file = converted(out, "gguf-auto", "--bits", 6)
     assert "sound" in done("verify", out, "--against", "flux-digits")
     size = sum(i.nbytes for i in GGUFSource((file,)).infos.values() if i.dtype in BLOCKS)
     weights = sum(i.numel for i in GGUFSource((file,)).infos.values() if i.dtype in BLOCKS)
-    assert 5.5 < 8 * size / weights <= 6 and file.name.endswith("BPW.gguf")
+    assert 5.5 < 8 * size / weights <= 6
+    assert file.name == f"flux-digits-{8 * size / weights:.2f}BPW.gguf"
+    assert str(file) in done("flux-digits", *AUTO, "--bits", 6, "-o", out, "--overwrite")
+    assert "measures which type" in done("flux-digits", *AUTO, "--dry-run")
     assert manifest(out)["options"]["bits"] == 6
 
 
@@ -343,6 +356,26 @@ def test_text_encoders_go_all_the_way(names: tuple[str, ...], scheme: str, tmp_p
     for name, tensor in back.items():
         off = (tensor.float() - whole[name].float()).norm() / whole[name].float().norm()
         assert off < (0.01 if scheme == "gguf-q8_0" else 0.12), name
+
+
+def test_narrow_layers_have_other_types_and_it_says_so(tmp_path: Path) -> None:
+    """Of widths that 256 does not divide, and of one that 32 does not divide either."""
+    from safetensors.torch import save_file
+
+    config = configs.t5_config(vocab_size=99, d_model=96, d_ff=80, num_layers=2, num_heads=2)
+    tensors = checkpoints.filled(checkpoints.meta_model(config))
+    save_file({name: 0.05 * tensors[name] for name in tensors}, tmp_path / "t5.safetensors")
+    out, words = tmp_path / "out", (tmp_path / "t5.safetensors", "--scheme", "gguf-q6_k")
+    said = done(*words, "-o", out)
+    assert "width the blocks do not divide are of other types: 2 F16, 12 Q8_0" in said
+    assert "sound" in done("verify", out)
+    assert "sound" in done("verify", out, "--against", words[0])
+
+
+def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
+    words = ("--scheme", "gguf-q8_0", "--component", "text_encoder.visual")
+    text = refused(tmp_path, encoder(tmp_path / "pipe", "t5"), *words)
+    assert "no tensor's name begins with visual." in text
 
 
 def test_a_second_text_encoder(tmp_path: Path) -> None:
