@@ -23,12 +23,14 @@ def available() -> bool:
 def kernel(function: F) -> F:
     """A function for numba to compile when it is first called; the machine code is kept on disk.
 
-    Floats are IEEE 754's: no contraction, no reassociation. Division by zero gives infinity, as
-    in C, instead of an error, and the interpreter's lock is released.
+    Kernels that call it have it inlined: a call counts the references of all arrays that it
+    passes, which costs more than many a kernel does. Floats are IEEE 754's: no contraction, no
+    reassociation. Division by zero gives infinity, as in C, instead of an error, and the
+    interpreter's lock is released.
     """
     import numba
 
-    options = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    options = {"nogil": True, "error_model": "numpy", "forceinline": True}
     with _ONE:  # the folder is a setting of all of numba, read when a function is wrapped
         before = numba.config.CACHE_DIR
         try:
