@@ -372,12 +372,6 @@ def test_narrow_layers_have_other_types_and_it_says_so(tmp_path: Path) -> None:
     assert "sound" in done("verify", out, "--against", words[0])
 
 
-def test_a_part_that_is_not_there_is_named(tmp_path: Path) -> None:
-    words = ("--scheme", "gguf-q8_0", "--component", "text_encoder.visual")
-    text = refused(tmp_path, encoder(tmp_path / "pipe", "t5"), *words)
-    assert "no tensor's name begins with visual." in text
-
-
 def test_a_second_text_encoder(tmp_path: Path) -> None:
     model = encoder(tmp_path / "pipe", "t5")
     (model / "text_encoder").rename(model / "text_encoder_2")
