@@ -110,7 +110,7 @@ def open_canonical(source: Source, path: Path, part: str = "") -> CanonicalSourc
     part: only tensors that begin with it are looked at. Raises SourceError if it is no transformer
     of a known family, incomplete, or already quantized.
     """
-    if not any(name.startswith(part) for name in source.infos):
+    if part and not any(name.startswith(part) for name in source.infos):
         raise SourceError(f"{path}: no tensor's name begins with {part}")
     for family in families().values():
         for prefix in (*family.prefixes, ""):
