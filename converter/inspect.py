@@ -12,8 +12,8 @@ from dqconvert.converter.canonical import open_canonical
 from dqconvert.converter.reopen import reopen
 from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
 from dqconvert.formats.gguf_readers import readers
-from dqconvert.formats.gguf_source import GGUFSource
-from dqconvert.formats.source import Source, open_source
+from dqconvert.formats.gguf_source import GGUFSource, decoded_types
+from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import recognize
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
@@ -43,7 +43,7 @@ def inspect(path: Path) -> Inspection:
         return _in_parts(path, error)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
-    if recognize(source.infos, source.metadata, config) or _is_blocks(source):
+    if recognize(source.infos, source.metadata, config) or decoded_types(source):
         return _quantized(path)
     found = open_canonical(source, weights)
     facts = {
@@ -69,11 +69,6 @@ def _in_parts(path: Path, error: SourceError) -> Inspection:
         return _quantized(path)
     except SourceError:
         raise error from None
-
-
-def _is_blocks(source: Source) -> bool:
-    """Whether the file is one whose blocks are decoded as they are read."""
-    return bool(getattr(source, "quantized", {}))
 
 
 def _quantized(path: Path) -> Inspection:

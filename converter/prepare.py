@@ -17,6 +17,7 @@ from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
+from dqconvert.formats.gguf_source import decoded_types
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import Target, gguf, recognize, target
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
@@ -69,18 +70,13 @@ class Prepared:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
-        if self.quantized:
-            types = ", ".join(f"{count} {dtype}" for dtype, count in self.quantized.items())
+        decoded = decoded_types(self.source.source)
+        if decoded:
+            types = ", ".join(f"{count} {dtype}" for dtype, count in decoded.items())
             found.append(f"made from quantized weights ({types}): what they lost stays lost")
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
-
-    @property
-    def quantized(self) -> Mapping[str, int]:
-        """Tensors of the source, by type, that were decoded from blocks."""
-        found: Mapping[str, int] = getattr(self.source.source, "quantized", {})
-        return found
 
     def replan(self, choices: Mapping[str, str]) -> Prepared:
         """The same job with these schemes for these canonical linears."""

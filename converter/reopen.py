@@ -274,6 +274,9 @@ def _source(path: Path) -> tuple[RawSource, Mapping[str, Any]]:
         raise SourceError(f"{path}: holds no {' or '.join(ENDINGS)} file")
     config = files[0].parent / "config.json"
     kind = GGUFSource if files[0].suffix == ".gguf" else SafetensorsSource
+    if kind is GGUFSource and len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise SourceError(f"{path}: holds several checkpoints ({names}); name one of them")
     source: RawSource = kind(files)
     prefixes = [prefix for family in families().values() for prefix in family.prefixes]
     for prefix in dict.fromkeys(prefixes):

@@ -44,11 +44,6 @@ class Decoded:
             for name, info in self.source.infos.items()
         }
 
-    @cached_property
-    def quantized(self) -> Mapping[str, int]:
-        """How many tensors the file holds of each block type."""
-        return Counter(i.dtype for i in self.source.infos.values() if i.dtype in BLOCKS)
-
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The first file's metadata."""
@@ -98,6 +93,12 @@ class Decoded:
         info = self.source.infos[name]
         flat = stored.reshape(-1, stored.shape[-1]) if stored.numel() else stored.new_empty(0, 0)
         return dequantize(flat, info.dtype.lower()).reshape(*stored.shape[:-1], info.shape[-1])
+
+
+def decoded_types(source: object) -> Mapping[str, int]:
+    """How many tensors of a checkpoint are decoded from each block type; none of other sources."""
+    infos = source.source.infos if isinstance(source, Decoded) else {}
+    return Counter(info.dtype for info in infos.values() if info.dtype in BLOCKS)
 
 
 def _pieces(info: TensorInfo, start: int, stop: int) -> Iterator[tuple[int, int]]:

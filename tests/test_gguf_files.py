@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dqconvert.formats import gguf_header
 from dqconvert.formats.fileset import FileSet
-from dqconvert.formats.gguf_source import Decoded, GGUFSource
+from dqconvert.formats.gguf_source import Decoded, GGUFSource, decoded_types
 from dqconvert.formats.source import open_source
 from dqconvert.formats.writer import StreamWriter
 from dqconvert.quantizers.errors import SourceError
@@ -254,7 +254,7 @@ def test_blocks_are_decoded(dtype: str, shape: tuple[int, ...], tmp_path: Path) 
     write(tmp_path / "a.gguf", infos, tensors, {"general.architecture": "flux"})
     source = open_source(tmp_path)
     assert isinstance(source, Decoded)
-    assert source.quantized == {dtype: 2}
+    assert decoded_types(source) == {dtype: 2}
     assert source.infos["w"] == TensorInfo("F32", info.shape)
     assert source.infos["b"] == infos["b"] and source.files == (tmp_path / "a.gguf",)
     assert source.metadata == {"general.architecture": "flux"}
@@ -287,7 +287,7 @@ def test_names_without_their_prefix(tmp_path: Path) -> None:
     infos = {"model.a": TensorInfo("Q8_0", (1, 32)), "vae.a": TensorInfo("F32", (2,))}
     write(tmp_path / "a.gguf", infos, filled(infos), {})
     source = Decoded(GGUFSource((tmp_path / "a.gguf",), "model."))
-    assert list(source.infos) == ["a"] and source.quantized == {"Q8_0": 1}
+    assert list(source.infos) == ["a"] and decoded_types(source) == {"Q8_0": 1}
     assert source.read("a").shape == (1, 32)
 
 

@@ -284,6 +284,14 @@ def test_a_changed_shape_is_named(bench: Bench, name: str) -> None:
     assert any(one.startswith(f"{tensor}: is {dtype} {list(shape)}, should be") for one in against)
 
 
+def test_two_files_in_a_folder_are_two_models(bench: Bench, tmp_path: Path) -> None:
+    for scheme in SCHEMES[:2]:
+        (file,) = bench.output(scheme).glob("*.gguf")
+        shutil.copy(file, tmp_path)
+    text = refused(tmp_path, "verify", tmp_path)
+    assert "holds several checkpoints" in text and "name one of them" in text
+
+
 def test_another_name_of_the_file_is_no_damage(bench: Bench) -> None:
     copy = bench.damaged("gguf-q8_0")
     (file,) = copy.glob("*.gguf")

@@ -32,6 +32,7 @@ and, only where a runtime wants it,
     kept(name, info)            dtype of a tensor that stays unquantized, in the place of KEEP_DTYPE
     fitting(spec, shape)        the weight format that a shape can have in the place of another
     fatal(infos, forms)         what is wrong with a file for anybody, a line each
+    ARCHITECTURE                the metadata's key that says the family's architecture
     PROVENANCE, KEYS            how metadata begins that only says who made a file, and what of it
                                 says more than that
     SETTINGS                    {name: allowed values}: what the user may say of this target alone

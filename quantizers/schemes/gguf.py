@@ -105,19 +105,22 @@ def _base(name: str) -> str:
     return name.removesuffix("_s").removesuffix("_m").removesuffix("_l")
 
 
+def _better(name: str) -> str:
+    """What the summary of a mix says of it."""
+    return ", sensitive layers better" if MIXES.get(name) else ""
+
+
 SCHEMES = (
     _scheme("f16", "fp16", "f16"),
     _scheme("bf16", "bf16", "bf16"),
     *(
-        _scheme(code, f"ggml's {code.upper()}, {_bits(code)}", code)
+        _scheme(code, f"ggml's {code.upper()}, {_bits(code)}{_better(code)}", code)
         for code in (dtype.lower() for dtype in BLOCKS)
     ),
     *(
         _scheme(
             name,
-            f"{_base(name).upper()}, sensitive layers better"
-            if MIXES[name]
-            else f"{_base(name).upper()} throughout",
+            f"{_base(name).upper()}{_better(name) or ' throughout'}",
             _base(name),
         )
         for name in MIXES
