@@ -47,14 +47,6 @@ class Grid:
         """Weights that a point stands for."""
         return int(self.levels.shape[1])
 
-    def padded(self) -> NDArray[np.int16]:
-        """Neighbours [codes, longest list], the last one of each repeated; a point's are itself."""
-        counts = np.diff(self.starts)
-        columns = np.arange(counts.max())
-        places = self.starts[:-1, None] + np.minimum(columns, counts[:, None] - 1)
-        found = self.neighbours[np.clip(places, 0, len(self.neighbours) - 1)]
-        return np.where(counts[:, None] > 0, found, self.index[:, None]).astype(np.int16)
-
 
 @cache
 def grid(code: str) -> Grid:

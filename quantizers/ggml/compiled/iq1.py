@@ -15,7 +15,7 @@ distance, and the scale is fitted once more.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from dqconvert.quantizers.ggml.compiled.floats import halves, put_half, to_half
 from dqconvert.quantizers.ggml.compiled.lattice import BLOCK, level
-from dqconvert.quantizers.ggml.compiled.magnitudes import mean_square, weigh
+from dqconvert.quantizers.ggml.compiled.magnitudes import by_blocks, mean_square, weigh
 from dqconvert.quantizers.ggml.compiled.neighbours import (
     FARTHEST,
-    PLACE,
+    POINT,
     SIDE,
     Lattice,
     lattice,
@@ -66,18 +66,12 @@ class Work(NamedTuple):
 Tools = tuple[Lattice, Split, Work]
 
 
-@cache
-def _lattice() -> Lattice:
-    return lattice(grid("iq1_s"))
-
-
 def _plain_m(rows: Floats, out: Bytes) -> None:
     _weighted("iq1_m", rows, np.empty(0, np.float32), out)
 
 
 def _weighted(code: str, rows: Floats, importance: Floats, out: Bytes) -> None:
-    blocks = rows.reshape(-1, BLOCK)
-    counts = importance.reshape(-1, BLOCK) if importance.size else np.empty((1, 0), np.float32)
+    blocks, counts = by_blocks(rows, importance)
     work = Work(
         weight=np.empty(BLOCK, np.float32),
         levels=np.empty(BLOCK, np.uint8),
@@ -86,7 +80,7 @@ def _weighted(code: str, rows: Floats, importance: Floats, out: Bytes) -> None:
         shifts=np.empty(16, np.int64),
     )
     run = _quantize_s if code == "iq1_s" else _quantize_m
-    run((_lattice(), split(), work), blocks, counts, out.reshape(len(blocks), -1))
+    run((lattice("iq1_s"), split(), work), blocks, counts, out.reshape(len(blocks), -1))
 
 
 @kernel
@@ -207,17 +201,15 @@ def _nearest(
     """The neighbour at the least weighted distance, for a scale and a shift."""
     scale, shift = steps
     best = FARTHEST
-    first = lattice.starts[code]
-    for chunk in range(first, lattice.starts[code + 1]):
+    for chunk in range(lattice.starts[code], lattice.starts[code + 1]):
         odds = lattice.odds[chunk]
         for j in range(SIDE):
             distance = _ZERO
             for i in range(8):
                 off = scale * (_level(np.float32(odds[i, j])) + shift) - x[i]
                 distance += weight[i] * off * off
-            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
-    place = best & PLACE
-    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
+            best = min(best, ranked(distance, lattice.near[chunk, j]))
+    return best & POINT
 
 
 @kernel

@@ -15,7 +15,7 @@ ggml-quants.c.
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -31,8 +31,14 @@ from dqconvert.quantizers.ggml.compiled.lattice import (
     steps,
     work,
 )
-from dqconvert.quantizers.ggml.compiled.magnitudes import describe, nibble, put_scale
-from dqconvert.quantizers.ggml.compiled.neighbours import Lattice, lattice
+from dqconvert.quantizers.ggml.compiled.magnitudes import (
+    by_blocks,
+    describe,
+    nibble,
+    put_scale,
+    solve,
+)
+from dqconvert.quantizers.ggml.compiled.neighbours import lattice
 from dqconvert.quantizers.ggml.compiled.peaks import fit_peaks
 from dqconvert.quantizers.ggml.compiled.spelling import (
     Bytes,
@@ -61,30 +67,22 @@ _XXS = _XS._replace(sub=32, steps=steps(5, 0.1, 6), tries=13, redo=REDO_ALWAYS)
 _RULES = {"iq2_s": _S, "iq2_xs": _XS, "iq2_xxs": _XXS}
 
 
-@cache
-def _lattice(code: str) -> Lattice:
-    return lattice(grid(code))
-
-
 def _plain(rows: Floats, out: Bytes) -> None:
     _weighted("iq2_s", rows, np.empty(0, np.float32), out)
 
 
 def _weighted(code: str, rows: Floats, importance: Floats, out: Bytes) -> None:
     rule = _RULES[code]
-    blocks = rows.reshape(-1, BLOCK)
-    counts = importance.reshape(-1, BLOCK) if importance.size else np.empty((1, 0), np.float32)
+    blocks, counts = by_blocks(rows, importance)
     run = {"iq2_s": _quantize_s, "iq2_xs": _quantize_xs, "iq2_xxs": _quantize_xxs}[code]
-    run((_lattice(code), rule, work(rule)), blocks, counts, out.reshape(len(blocks), -1))
+    run((lattice(code), rule, work(rule)), blocks, counts, out.reshape(len(blocks), -1))
 
 
 @kernel
 def _quantize_s(tools: Tools, blocks: Floats, importance: Floats, out: Bytes) -> None:
-    lattice, rule, work = tools
     for block in range(len(blocks)):
-        describe(rule, work, blocks[block], importance[block % len(importance)])
-        fit(lattice, rule, work)
-        _pack_s(work, out[block])
+        solve(tools, blocks[block], importance[block % len(importance)])
+        _pack_s(tools[2], out[block])
 
 
 @kernel
@@ -109,11 +107,9 @@ def _put_scales(work: Work, block: Bytes, at: int, inverse: np.float32) -> None:
 
 @kernel
 def _quantize_xs(tools: Tools, blocks: Floats, importance: Floats, out: Bytes) -> None:
-    lattice, rule, work = tools
     for block in range(len(blocks)):
-        describe(rule, work, blocks[block], importance[block % len(importance)])
-        fit(lattice, rule, work)
-        _pack_xs(work, out[block])
+        solve(tools, blocks[block], importance[block % len(importance)])
+        _pack_xs(tools[2], out[block])
 
 
 @kernel

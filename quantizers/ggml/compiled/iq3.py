@@ -14,7 +14,7 @@ sub-block too early, and mean other weights. Its bytes are the measure here, so 
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 
 import numpy as np
 
@@ -26,12 +26,16 @@ from dqconvert.quantizers.ggml.compiled.lattice import (
     Rule,
     Tools,
     Work,
-    fit,
     steps,
     work,
 )
-from dqconvert.quantizers.ggml.compiled.magnitudes import describe, nibble, put_scale
-from dqconvert.quantizers.ggml.compiled.neighbours import Lattice, lattice
+from dqconvert.quantizers.ggml.compiled.magnitudes import (
+    by_blocks,
+    nibble,
+    put_scale,
+    solve,
+)
+from dqconvert.quantizers.ggml.compiled.neighbours import lattice
 from dqconvert.quantizers.ggml.compiled.spelling import (
     Bytes,
     Floats,
@@ -69,30 +73,22 @@ _RULES = {
 }
 
 
-@cache
-def _lattice(code: str) -> Lattice:
-    return lattice(grid(code))
-
-
 def _plain(code: str, rows: Floats, out: Bytes) -> None:
     _weighted(code, rows, np.empty(0, np.float32), out)
 
 
 def _weighted(code: str, rows: Floats, importance: Floats, out: Bytes) -> None:
     rule = _RULES[code]
-    blocks = rows.reshape(-1, BLOCK)
-    counts = importance.reshape(-1, BLOCK) if importance.size else np.empty((1, 0), np.float32)
+    blocks, counts = by_blocks(rows, importance)
     run = _quantize_s if code == "iq3_s" else _quantize_xxs
-    run((_lattice(code), rule, work(rule)), blocks, counts, out.reshape(len(blocks), -1))
+    run((lattice(code), rule, work(rule)), blocks, counts, out.reshape(len(blocks), -1))
 
 
 @kernel
 def _quantize_s(tools: Tools, blocks: Floats, importance: Floats, out: Bytes) -> None:
-    lattice, rule, work = tools
     for block in range(len(blocks)):
-        describe(rule, work, blocks[block], importance[block % len(importance)])
-        fit(lattice, rule, work)
-        _pack_s(work, out[block])
+        solve(tools, blocks[block], importance[block % len(importance)])
+        _pack_s(tools[2], out[block])
 
 
 @kernel
@@ -120,11 +116,9 @@ def _pack_part_s(work: Work, block: Bytes, part: int, slot: int) -> None:
 
 @kernel
 def _quantize_xxs(tools: Tools, blocks: Floats, importance: Floats, out: Bytes) -> None:
-    lattice, rule, work = tools
     for block in range(len(blocks)):
-        describe(rule, work, blocks[block], importance[block % len(importance)])
-        fit(lattice, rule, work)
-        _pack_xxs(work, out[block])
+        solve(tools, blocks[block], importance[block % len(importance)])
+        _pack_xxs(tools[2], out[block])
 
 
 @kernel

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from dqconvert.quantizers.ggml.compiled.floats import nearest
 from dqconvert.quantizers.ggml.compiled.neighbours import (
     FARTHEST,
-    PLACE,
+    POINT,
     SIDE,
     Lattice,
     ranked,
@@ -209,7 +209,7 @@ def _snap_quads(lattice: Lattice, rule: Rule, work: Work, at: int) -> None:
             code = work.codes[group, lane]
             point = lattice.found[code]
             if point < 0:
-                point = _nearest_quad(lattice, work, at + 4 * group, code, work.scale[lane])
+                point = _nearest(lattice, work, at + 4 * group, code, work.scale[lane], 4)
             work.tried[group, lane] = point
             for i in range(4):
                 work.odds[4 * group + i, lane] = lattice.points[point, i]
@@ -223,7 +223,7 @@ def _snap_octets(lattice: Lattice, rule: Rule, work: Work, at: int) -> None:
             work.codes[group, lane] = code
             point = lattice.found[code]
             if point < 0:
-                point = _nearest_octet(lattice, work, at + 8 * group, code, work.scale[lane])
+                point = _nearest(lattice, work, at + 8 * group, code, work.scale[lane], 8)
             work.tried[group, lane] = point
             for i in range(8):
                 work.odds[8 * group + i, lane] = lattice.points[point, i]
@@ -319,51 +319,26 @@ def _snap(
     for i in range(first + rule.dims - 1, first - 1, -1):
         code = code * rule.base + work.levels[i]
     if rule.dims == 4:
-        return _nearest_quad(lattice, work, at + first, code, scale)
-    return _nearest_octet(lattice, work, at + first, code, scale)
+        return _nearest(lattice, work, at + first, code, scale, 4)
+    return _nearest(lattice, work, at + first, code, scale, 8)
 
 
 @kernel
-def _nearest_quad(
-    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
+def _nearest(
+    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32, dims: int
 ) -> np.int64:
-    """Of a code's list the point at the least weighted distance to four magnitudes.
+    """Of a code's list the point at the least weighted distance to the magnitudes from at on.
 
-    As iq3_find_best_neighbour, and the next one as iq2_find_best_neighbour of ggml-quants.c.
+    As iq2_find_best_neighbour and iq3_find_best_neighbour of ggml-quants.c. Callers name dims as a
+    number, for the compiler to unroll the sum.
     """
-    x, root = work.x[at : at + 4], work.root[at : at + 4]
+    x, root = work.x[at : at + dims], work.root[at : at + dims]
     best = FARTHEST
-    first = lattice.starts[code]
-    for chunk in range(first, lattice.starts[code + 1]):
+    for chunk in range(lattice.starts[code], lattice.starts[code + 1]):
         odds = lattice.odds[chunk]
         for j in range(SIDE):
-            distance = term(scale, odds[0, j], x[0], root[0])
-            distance += term(scale, odds[1, j], x[1], root[1])
-            distance += term(scale, odds[2, j], x[2], root[2])
-            distance += term(scale, odds[3, j], x[3], root[3])
-            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
-    place = best & PLACE
-    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
-
-
-@kernel
-def _nearest_octet(
-    lattice: Lattice, work: Work, at: int, code: np.int64, scale: np.float32
-) -> np.int64:
-    x, root = work.x[at : at + 8], work.root[at : at + 8]
-    best = FARTHEST
-    first = lattice.starts[code]
-    for chunk in range(first, lattice.starts[code + 1]):
-        odds = lattice.odds[chunk]
-        for j in range(SIDE):
-            distance = term(scale, odds[0, j], x[0], root[0])
-            distance += term(scale, odds[1, j], x[1], root[1])
-            distance += term(scale, odds[2, j], x[2], root[2])
-            distance += term(scale, odds[3, j], x[3], root[3])
-            distance += term(scale, odds[4, j], x[4], root[4])
-            distance += term(scale, odds[5, j], x[5], root[5])
-            distance += term(scale, odds[6, j], x[6], root[6])
-            distance += term(scale, odds[7, j], x[7], root[7])
-            best = min(best, ranked(distance, (chunk - first) * SIDE + j))
-    place = best & PLACE
-    return np.int64(lattice.near[first + place // SIDE, place % SIDE])
+            distance = np.float32(0)
+            for i in range(dims):
+                distance += term(scale, odds[i, j], x[i], root[i])
+            best = min(best, ranked(distance, lattice.near[chunk, j]))
+    return best & POINT

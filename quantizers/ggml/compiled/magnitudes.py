@@ -11,14 +11,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dqconvert.quantizers.ggml.compiled.floats import put_half
-from dqconvert.quantizers.ggml.compiled.lattice import BLOCK, Rule, Work, level
+from dqconvert.quantizers.ggml.compiled.lattice import BLOCK, Rule, Tools, Work, fit, level
 from dqconvert.quantizers.ggml.jit import kernel
+
+Floats = NDArray[np.float32]
+
+
+def by_blocks(rows: Floats, importance: Floats) -> tuple[Floats, Floats]:
+    """Rows [N, K] and importance [K] by blocks of 256; none is [1, 0], as kernels take it."""
+    blocks = rows.reshape(-1, BLOCK)
+    return blocks, importance.reshape(-1, BLOCK) if importance.size else importance.reshape(1, 0)
 
 
 @kernel
-def describe(
-    rule: Rule, work: Work, block: NDArray[np.float32], importance: NDArray[np.float32]
-) -> None:
+def solve(tools: Tools, block: Floats, importance: Floats) -> None:
+    """Fills work with scales, signs and points of a block."""
+    lattice, rule, work = tools
+    describe(rule, work, block, importance)
+    fit(lattice, rule, work)
+
+
+@kernel
+def describe(rule: Rule, work: Work, block: Floats, importance: Floats) -> None:
     """Fills weight, root, x, signs, peaks and the first scales of work; no importance is empty."""
     mean = mean_square(block, rule.spread)
     if len(importance):
@@ -40,7 +54,7 @@ def describe(
 
 
 @kernel
-def mean_square(block: NDArray[np.float32], spread: np.float32) -> np.float32:
+def mean_square(block: Floats, spread: np.float32) -> np.float32:
     """The mean square of 256 weights, spread times."""
     total = np.float32(0)
     for i in range(BLOCK):
@@ -50,9 +64,9 @@ def mean_square(block: NDArray[np.float32], spread: np.float32) -> np.float32:
 
 @kernel
 def weigh(
-    weight: NDArray[np.float32],
-    block: NDArray[np.float32],
-    importance: NDArray[np.float32],
+    weight: Floats,
+    block: Floats,
+    importance: Floats,
     mean: np.float32,
 ) -> None:
     """Importance times the root of what a weight and its neighbourhood are, squared."""
@@ -61,7 +75,7 @@ def weigh(
 
 
 @kernel
-def _sign(signs: NDArray[np.uint8], block: NDArray[np.float32]) -> None:
+def _sign(signs: NDArray[np.uint8], block: Floats) -> None:
     """Sign bytes of a block's weights."""
     for byte in range(BLOCK // 8):
         bits = 0
@@ -73,9 +87,9 @@ def _sign(signs: NDArray[np.uint8], block: NDArray[np.float32]) -> None:
 @kernel
 def _make_even(
     signs: NDArray[np.uint8],
-    x: NDArray[np.float32],
-    weight: NDArray[np.float32],
-    block: NDArray[np.float32],
+    x: Floats,
+    weight: Floats,
+    block: Floats,
 ) -> None:
     """Leaves seven bits of a sign byte: if their number is odd, the cheapest sign changes."""
     for byte in range(BLOCK // 8):
