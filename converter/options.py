@@ -116,6 +116,11 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
         except re.error as error:
             problems.append(f"{word} {pattern}: not a regular expression ({error})")
     problems += _size_problems(scheme, options)
+    problems += [
+        f"--override {pattern}={name}: a mix is for whole models; give one type"
+        for pattern, name in options.overrides
+        if _is_mix(schemes.scheme(name))
+    ]
     wanted = [scheme, *(schemes.scheme(name) for _, name in options.overrides)]
     if not options.calibrated:
         problems += [
@@ -124,6 +129,11 @@ def _option_problems(scheme: Scheme, options: PlanOptions) -> list[str]:
             if one.calibrated
         ]
     return problems
+
+
+def _is_mix(scheme: Scheme) -> bool:
+    """Whether a scheme gives its layers several types, and its name stands for none of them."""
+    return bool(scheme.menu or scheme.mixes) and not scheme.name.endswith(scheme.weight.code)
 
 
 def is_grouped(scheme: Scheme) -> bool:

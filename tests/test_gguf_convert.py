@@ -283,6 +283,8 @@ REFUSED = {
     "bits of int8": (("int8", "--bits", "4"), "has a size of its own"),
     "few bits": (("gguf-auto", "--bits", "1.5"), "--bits: these layers take 2.63 at least"),
     "foreign override": (("gguf-q4_k", "--override", "to_out=int8"), "no type for int8"),
+    "a mix": (("gguf-q8_0", "--override", "ff=gguf-q4_k_m"), "a mix is for whole models"),
+    "a menu": (("gguf-q8_0", "--override", "ff=gguf-auto"), "a mix is for whole models"),
     "no match": (("gguf-q4_k", "--override", "none=gguf-q6_k"), "matches no linear"),
     "layout": (("gguf-q4_k_m", "--layout", "pure"), "no such layout of gguf-q4_k_m"),
     "rank": (("gguf-q4_k", "--rank", "32"), "has no low-rank branch"),
