@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.iq4 import LEVELS
 from dqconvert.quantizers.spec import BLOCKS
 
@@ -74,7 +74,7 @@ def split(blocks: Tensor, code: str) -> Fields:
     codes = torch.zeros(len(single), weights, dtype=torch.uint8, device=blocks.device)
     for plane in layout.planes:
         packed = single[:, _bytes_of(plane, weights)].unflatten(1, (-1, plane.run))
-        codes |= fields.split(packed, plane.bits).view(codes.shape) << plane.shift
+        codes |= packing.split(packed, plane.bits).view(codes.shape) << plane.shift
     step, offset = layout.scales(single)
     places = _order(layout, blocks.device).argsort().to(torch.uint8)
     return Fields(
@@ -92,7 +92,7 @@ def join(blocks: Tensor, code: str, codes: Tensor) -> Tensor:
     stored = _order(layout, blocks.device).to(torch.uint8)[codes.reshape(-1, weights).int()]
     for plane in layout.planes:
         runs = stored.unflatten(1, (-1, 8 // plane.bits, plane.run)) >> plane.shift
-        packed = fields.join(runs & ((1 << plane.bits) - 1), plane.bits)
+        packed = packing.join(runs & ((1 << plane.bits) - 1), plane.bits)
         single[:, _bytes_of(plane, weights)] = packed.flatten(1)
     return single.view(blocks.shape)
 
@@ -108,11 +108,11 @@ def _order(layout: Layout, device: torch.device) -> Tensor:
 
 def _half(start: int) -> Scales:
     """One fp16 step."""
-    return lambda blocks: (fields.halves(blocks[:, start : start + 2]), None)
+    return lambda blocks: (packing.halves(blocks[:, start : start + 2]), None)
 
 
 def _step_and_minimum(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    step, minimum = fields.halves(blocks[:, :4]).split(1, 1)
+    step, minimum = packing.halves(blocks[:, :4]).split(1, 1)
     return step, minimum
 
 
@@ -123,7 +123,7 @@ def _power_of_two(blocks: Tensor) -> tuple[Tensor, None]:
 
 
 def _products(ends: Tensor, scales: Tensor, minima: Tensor) -> tuple[Tensor, Tensor]:
-    gain, gain_of_minima = fields.halves(ends).split(1, 1)
+    gain, gain_of_minima = packing.halves(ends).split(1, 1)
     return gain * scales, -(gain_of_minima * minima)
 
 
@@ -132,24 +132,24 @@ def _q2_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _six_bits(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    return _products(blocks[:, :4], *fields.split_six(blocks[:, 4:16]))
+    return _products(blocks[:, :4], *packing.split_six(blocks[:, 4:16]))
 
 
 def _q3_k(blocks: Tensor) -> tuple[Tensor, None]:
-    low = fields.split(blocks[:, 96:104], 4).reshape(-1, 16)
-    high = fields.split(blocks[:, 104:108], 2).reshape(-1, 16)
-    return fields.halves(blocks[:, 108:110]) * ((low | high << 4).float() - 32), None
+    low = packing.split(blocks[:, 96:104], 4).reshape(-1, 16)
+    high = packing.split(blocks[:, 104:108], 2).reshape(-1, 16)
+    return packing.halves(blocks[:, 108:110]) * ((low | high << 4).float() - 32), None
 
 
 def _q6_k(blocks: Tensor) -> tuple[Tensor, None]:
     scales = blocks[:, 192:208].contiguous().view(torch.int8)
-    return fields.halves(blocks[:, 208:210]) * scales, None
+    return packing.halves(blocks[:, 208:210]) * scales, None
 
 
 def _iq4_xs(blocks: Tensor) -> tuple[Tensor, None]:
-    high = fields.split(blocks[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
-    low = fields.split(blocks[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
-    return fields.halves(blocks[:, :2]) * ((low | high << 4).float() - 32), None
+    high = packing.split(blocks[:, 2:4], 2).transpose(1, 2).reshape(-1, 8)
+    low = packing.split(blocks[:, 4:8], 4).transpose(1, 2).reshape(-1, 8)
+    return packing.halves(blocks[:, :2]) * ((low | high << 4).float() - 32), None
 
 
 _ROUND_ZERO = {bits: tuple(range(-(1 << bits - 1), 1 << bits - 1)) for bits in (3, 4, 5, 6)}

@@ -1,4 +1,4 @@
-"""A block of 256 weights before and after the search of lattice.py.
+"""A block of 256 weights around the search of lattice.py.
 
 Before: weights of errors, magnitudes and sign bytes, and the largest magnitude of a sub-block.
 After: the sub-blocks' scales in 4 bits, odd multiples of half a step. From the

@@ -1,4 +1,7 @@
-"""Q6_K and Q3_K back to weights (ggml-quants.c, dequantize_row_*); symmetric has the layout."""
+"""Q6_K and Q3_K back to weights (ggml-quants.c, dequantize_row_*).
+
+symmetric_q6 and symmetric_q3 have the layouts.
+"""
 
 from __future__ import annotations
 

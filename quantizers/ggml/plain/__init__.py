@@ -1,4 +1,4 @@
-"""The same in torch alone, over all blocks at once: any device, no compiler.
+"""The same in torch, over many blocks at once: any device, no compiler.
 
 A module here holds
 
@@ -6,6 +6,7 @@ A module here holds
                     way without, to blocks [N, row bytes] uint8
     DEQUANTIZERS    {code: function(blocks)}: to [N, K] fp32
 
-On the processor the bytes are ggml's. Elsewhere too wherever the device divides and adds as IEEE
-754 says, which is not promised: the error is the same.
+On the processor the bytes are ggml's; sums are numpy's there, which adds rows in order. Elsewhere
+too wherever the device divides and adds as IEEE 754 says, which is not promised: the error is the
+same.
 """

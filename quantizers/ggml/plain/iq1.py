@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dqconvert.quantizers.ggml.plain.codebook import Codebook, codebook
 from dqconvert.quantizers.ggml.plain.cuts import Cut, cut_by_eights, cut_together
-from dqconvert.quantizers.ggml.plain.fields import half, halves
 from dqconvert.quantizers.ggml.plain.lanes import (
     dequantizer,
     divide,
@@ -30,6 +29,7 @@ from dqconvert.quantizers.ggml.plain.lanes import (
     total,
 )
 from dqconvert.quantizers.ggml.plain.magnitude_search import weigh
+from dqconvert.quantizers.ggml.plain.packing import half, halves
 from dqconvert.quantizers.ggml.plain.sign_fields import from_little, little
 
 _SHIFT = 0.125

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers.ggml.plain.codebook import codebook, shared
-from dqconvert.quantizers.ggml.plain.fields import halves, join, split
 from dqconvert.quantizers.ggml.plain.lanes import dequantizer, quantizer
 from dqconvert.quantizers.ggml.plain.magnitude_search import Search, solve
+from dqconvert.quantizers.ggml.plain.packing import halves, join, split
 from dqconvert.quantizers.ggml.plain.sign_fields import (
     even_signs,
     from_little,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.lanes import (
     TINY,
     dequantizer,
@@ -99,13 +99,13 @@ def _codes(x: Tensor, steps: Tensor) -> Tensor:
     key = (values * 2).floor_().add_(_REACH).clamp_(0, 2 * _REACH)
     key = torch.where(values.isnan(), 2 * _REACH, key)
     codes = _tables(x.device)[0][key.int()]
-    return fields.join(codes.T.contiguous().view(-1, 2, 16), 4)
+    return packing.join(codes.T.contiguous().view(-1, 2, 16), 4)
 
 
 def _nl(blocks: Tensor, importance: Tensor | None) -> Tensor:
     x = lanes(blocks, 32)
     scale = _scales(blocks, x, importance)
-    return torch.cat((fields.half(scale), _codes(x, scale)), 1)
+    return torch.cat((packing.half(scale), _codes(x, scale)), 1)
 
 
 def _xs(blocks: Tensor, importance: Tensor | None) -> Tensor:
@@ -116,28 +116,28 @@ def _xs(blocks: Tensor, importance: Tensor | None) -> Tensor:
     levels = nearest(inverse.unsqueeze(1) * scale).clamp_(-32, 31)
     codes = _codes(x, (d.unsqueeze(1) * levels).flatten())
     levels = (levels + 32).to(torch.uint8)
-    high = fields.join((levels >> 4).view(-1, 2, 4).transpose(1, 2), 2)
-    low = fields.join((levels & 15).view(-1, 4, 2).transpose(1, 2), 4)
-    return torch.cat((fields.half(d), high, low, codes.view(-1, 128)), 1)
+    high = packing.join((levels >> 4).view(-1, 2, 4).transpose(1, 2), 2)
+    low = packing.join((levels & 15).view(-1, 4, 2).transpose(1, 2), 4)
+    return torch.cat((packing.half(d), high, low, codes.view(-1, 128)), 1)
 
 
 def _decode(steps: Tensor, packed: Tensor) -> Tensor:
     """Weights [B, 32 n] of steps [B, n] and codes [B, 16 n]."""
     levels = torch.tensor(LEVELS, dtype=torch.float32, device=steps.device)
-    codes = fields.split(packed.reshape(*steps.shape, 16), 4).flatten(2)
+    codes = packing.split(packed.reshape(*steps.shape, 16), 4).flatten(2)
     return (steps.unsqueeze(2) * levels[codes.int()]).flatten(1)
 
 
 def _from_nl(blocks: Tensor) -> Tensor:
     end, codes = blocks.split((2, 16), 1)
-    return _decode(fields.halves(end), codes)
+    return _decode(packing.halves(end), codes)
 
 
 def _from_xs(blocks: Tensor) -> Tensor:
     end, high, low, codes = blocks.split((2, 2, 4, 128), 1)
-    levels = fields.split(low, 4).transpose(1, 2).reshape(-1, 8)
-    levels = levels | (fields.split(high, 2).transpose(1, 2).reshape(-1, 8) << 4)
-    return _decode(fields.halves(end) * (levels.float() - 32), codes)
+    levels = packing.split(low, 4).transpose(1, 2).reshape(-1, 8)
+    levels = levels | (packing.split(high, 2).transpose(1, 2).reshape(-1, 8) << 4)
+    return _decode(packing.halves(end) * (levels.float() - 32), codes)
 
 
 QUANTIZERS = {"iq4_nl": quantizer(_nl, 32), "iq4_xs": quantizer(_xs, 256)}

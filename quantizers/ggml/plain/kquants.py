@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.fits import Sweep, affine, unsigned
 from dqconvert.quantizers.ggml.plain.lanes import (
     dequantizer,
@@ -54,21 +54,21 @@ _Q5 = _Kind(32, 63, Sweep(31, -0.5, 0.1, 15), Sweep(31, -0.9, 0.05, 36), spills=
 
 def _q2(blocks: Tensor, importance: Tensor | None) -> Tensor:
     codes, scales, mins, ends = _encode(_Q2, blocks, importance)
-    packed = fields.join(codes.view(-1, 2, 4, 32), 2).flatten(1)
+    packed = packing.join(codes.view(-1, 2, 4, 32), 2).flatten(1)
     return torch.cat((scales | (mins << 4), packed, ends), 1)
 
 
 def _q4(blocks: Tensor, importance: Tensor | None) -> Tensor:
     codes, scales, mins, ends = _encode(_Q4, blocks, importance)
-    packed = fields.join(codes.view(-1, 4, 2, 32), 4).flatten(1)
-    return torch.cat((ends, fields.join_six(scales, mins), packed), 1)
+    packed = packing.join(codes.view(-1, 4, 2, 32), 4).flatten(1)
+    return torch.cat((ends, packing.join_six(scales, mins), packed), 1)
 
 
 def _q5(blocks: Tensor, importance: Tensor | None) -> Tensor:
     codes, scales, mins, ends = _encode(_Q5, blocks, importance)
-    fifth = fields.join((codes >> 4).view(-1, 8, 32), 1)
-    packed = fields.join((codes & 15).view(-1, 4, 2, 32), 4).flatten(1)
-    return torch.cat((ends, fields.join_six(scales, mins), fifth, packed), 1)
+    fifth = packing.join((codes >> 4).view(-1, 8, 32), 1)
+    packed = packing.join((codes & 15).view(-1, 4, 2, 32), 4).flatten(1)
+    return torch.cat((ends, packing.join_six(scales, mins), fifth, packed), 1)
 
 
 def _encode(
@@ -92,7 +92,7 @@ def _encode(
         gain, levels = unsigned(both, total(weights).view(-1, subs).T.repeat(1, 2), kind.ceiling)
         levels = levels if kind.spills else levels.clamp(max=kind.ceiling)
         (scales, mins), (d, dmin) = levels.T.to(torch.uint8).chunk(2), gain.chunk(2)
-    ends = torch.cat((fields.half(d), fields.half(dmin)), 1)
+    ends = torch.cat((packing.half(d), packing.half(dmin)), 1)
     step, shift = _products(ends, *_stored(kind, scales, mins))
     step, shift = step.flatten(), shift.flatten()
     codes = nearest((x + shift) / step).clamp_(0, kind.plain.levels)
@@ -127,12 +127,12 @@ def _stored(kind: _Kind, scales: Tensor, mins: Tensor) -> tuple[Tensor, Tensor]:
     if kind.ceiling == 15:
         packed = scales | (mins << 4)
         return packed & 15, packed >> 4
-    return fields.split_six(fields.join_six(scales, mins))
+    return packing.split_six(packing.join_six(scales, mins))
 
 
 def _products(ends: Tensor, scales: Tensor, mins: Tensor) -> tuple[Tensor, Tensor]:
     """d · scale and dmin · min [B, n] fp32."""
-    d, dmin = fields.halves(ends).split(1, 1)
+    d, dmin = packing.halves(ends).split(1, 1)
     return d * scales, dmin * mins
 
 
@@ -145,19 +145,19 @@ def _decode(ends: Tensor, scales: Tensor, mins: Tensor, codes: Tensor) -> Tensor
 
 def _from_q2(blocks: Tensor) -> Tensor:
     packed, codes, ends = blocks.split((16, 64, 4), 1)
-    codes = fields.split(codes.reshape(-1, 2, 32), 2)
+    codes = packing.split(codes.reshape(-1, 2, 32), 2)
     return _decode(ends, packed & 15, packed >> 4, codes)
 
 
 def _from_q4(blocks: Tensor) -> Tensor:
     ends, six, codes = blocks.split((4, 12, 128), 1)
-    return _decode(ends, *fields.split_six(six), fields.split(codes.reshape(-1, 4, 32), 4))
+    return _decode(ends, *packing.split_six(six), packing.split(codes.reshape(-1, 4, 32), 4))
 
 
 def _from_q5(blocks: Tensor) -> Tensor:
     ends, six, fifth, codes = blocks.split((4, 12, 32, 128), 1)
-    low = fields.split(codes.reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
-    return _decode(ends, *fields.split_six(six), low | (fields.split(fifth, 1) << 4))
+    low = packing.split(codes.reshape(-1, 4, 32), 4).reshape(-1, 8, 32)
+    return _decode(ends, *packing.split_six(six), low | (packing.split(fifth, 1) << 4))
 
 
 QUANTIZERS = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.fits import Sweep, affine, symmetric
 from dqconvert.quantizers.ggml.plain.lanes import (
     CHUNK,
@@ -44,7 +44,7 @@ def _symmetric(blocks: Tensor, weights: Tensor | None, bits: int) -> Tensor:
         codes = (x * slope + offset).clamp(max=2 * reach - 1)
     else:
         scale, codes = symmetric(x, lanes(weights, _WEIGHTS), reach)
-    return torch.cat((fields.half(scale), _pack(codes, bits)), 1)
+    return torch.cat((packing.half(scale), _pack(codes, bits)), 1)
 
 
 def _affine(blocks: Tensor, weights: Tensor | None, bits: int) -> Tensor:
@@ -61,7 +61,7 @@ def _affine(blocks: Tensor, weights: Tensor | None, bits: int) -> Tensor:
         sweep = Sweep(top, -0.9, 0.05, 36)
         scale, shift, codes = affine(x, lanes(weights, _WEIGHTS), sweep)
         low = -shift
-    return torch.cat((fields.half(scale), fields.half(low), _pack(codes, bits)), 1)
+    return torch.cat((packing.half(scale), packing.half(low), _pack(codes, bits)), 1)
 
 
 def _range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ def _eight(blocks: Tensor, _: Tensor | None) -> Tensor:
     scale = divide(blocks.abs().amax(1), 127)
     scaled = blocks * inverse(scale).unsqueeze(1)
     codes = scaled + torch.copysign(scaled.new_full((), _UNDER_HALF), scaled)
-    return torch.cat((fields.half(scale), codes.to(torch.int8).view(torch.uint8)), 1)
+    return torch.cat((packing.half(scale), codes.to(torch.int8).view(torch.uint8)), 1)
 
 
 def inverse(scale: Tensor) -> Tensor:
@@ -89,33 +89,33 @@ def inverse(scale: Tensor) -> Tensor:
 def _pack(codes: Tensor, bits: int) -> Tensor:
     """Bytes of codes [32, B]; the fraction goes."""
     codes = codes.T.to(torch.uint8)
-    low = fields.join((codes & 15).view(-1, 2, 16), 4)
+    low = packing.join((codes & 15).view(-1, 2, 16), 4)
     if bits == 4:
         return low
-    fifth = fields.join((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1)
+    fifth = packing.join((codes >> 4).view(-1, 4, 8).transpose(1, 2), 1)
     return torch.cat((fifth, low), 1)
 
 
 def _unpack(packed: Tensor) -> Tensor:
     """Codes [B, 32] of 16 bytes, or of 20 with fifth bits."""
-    codes = fields.split(packed[:, -16:], 4).flatten(1)
+    codes = packing.split(packed[:, -16:], 4).flatten(1)
     if packed.shape[1] == 16:
         return codes
-    fifth = fields.split(packed[:, :4], 1).transpose(1, 2).flatten(1)
+    fifth = packing.split(packed[:, :4], 1).transpose(1, 2).flatten(1)
     return codes | (fifth << 4)
 
 
 def _symmetric_weights(blocks: Tensor, bits: int) -> Tensor:
-    return fields.halves(blocks[:, :2]) * (_unpack(blocks[:, 2:]).float() - (1 << (bits - 1)))
+    return packing.halves(blocks[:, :2]) * (_unpack(blocks[:, 2:]).float() - (1 << (bits - 1)))
 
 
 def _affine_weights(blocks: Tensor, _: int) -> Tensor:
-    ends = fields.halves(blocks[:, :4])
+    ends = packing.halves(blocks[:, :4])
     return ends[:, :1] * _unpack(blocks[:, 4:]) + ends[:, 1:]
 
 
 def _eight_weights(blocks: Tensor) -> Tensor:
-    return fields.halves(blocks[:, :2]) * blocks[:, 2:].view(torch.int8)
+    return packing.halves(blocks[:, :2]) * blocks[:, 2:].view(torch.int8)
 
 
 def _two_ways(kernel: Quantize) -> Quantize:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers.ggml.plain.codebook import Codebook, codebook
-from dqconvert.quantizers.ggml.plain.fields import half
 from dqconvert.quantizers.ggml.plain.fits import unsigned
 from dqconvert.quantizers.ggml.plain.lanes import divide, factors, lanes, nearest, root, total
+from dqconvert.quantizers.ggml.plain.packing import half
 
 
 @dataclass(frozen=True, slots=True)

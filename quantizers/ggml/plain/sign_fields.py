@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dqconvert.quantizers.ggml import grids
-from dqconvert.quantizers.ggml.plain.fields import join, split
+from dqconvert.quantizers.ggml.plain.packing import join, split
 
 
 @cache

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.fits import settled, symmetric
 from dqconvert.quantizers.ggml.plain.lanes import (
     TINY,
@@ -40,12 +40,12 @@ def _q3(blocks: Tensor, importance: Tensor | None) -> Tensor:
         scale, found = symmetric(x, weights, 4)
         d, levels = symmetric(lanes(scale, 16), lanes(total(weights), 16), 32)
         scales = levels.T
-    end = fields.half(d)
-    codes = _recode(x, fields.halves(end) * (scales - 32), 4, found)
+    end = packing.half(d)
+    codes = _recode(x, packing.halves(end) * (scales - 32), 4, found)
     return torch.cat(
         (
-            fields.join((codes >> 2).view(-1, 8, 32), 1),
-            fields.join((codes & 3).view(-1, 2, 4, 32), 2).flatten(1),
+            packing.join((codes >> 2).view(-1, 8, 32), 1),
+            packing.join((codes & 3).view(-1, 2, 4, 32), 2).flatten(1),
             _join_scales(scales.to(torch.uint8)),
             end,
         ),
@@ -59,14 +59,14 @@ def _q6(blocks: Tensor, importance: Tensor | None) -> Tensor:
     scale = scale.view(-1, 16)
     highest = peak(scale.T)
     inverse = divide(-128, highest)
-    end = fields.half(divide(1, inverse))
+    end = packing.half(divide(1, inverse))
     scales = nearest(inverse.unsqueeze(1) * scale).clamp_(max=127).to(torch.int32).to(torch.int8)
-    codes = _recode(x, fields.halves(end) * scales, 32, found)
+    codes = _recode(x, packing.halves(end) * scales, 32, found)
     halves = codes.view(-1, 2, 2, 64)
     packed = torch.cat(
         (
-            fields.join(halves & 15, 4).flatten(1),
-            fields.join((codes >> 4).view(-1, 2, 4, 32), 2).flatten(1),
+            packing.join(halves & 15, 4).flatten(1),
+            packing.join((codes >> 4).view(-1, 2, 4, 32), 2).flatten(1),
             scales.view(torch.uint8),
             end,
         ),
@@ -94,29 +94,29 @@ def _q3_scales(scale: Tensor) -> tuple[Tensor, Tensor]:
 
 def _join_scales(scales: Tensor) -> Tensor:
     """Twelve bytes [B, 12] of 6-bit scales [B, 16]: low halves of n and n + 8, then high bits."""
-    low = fields.join((scales & 15).view(-1, 2, 8), 4)
-    return torch.cat((low, fields.join((scales >> 4).view(-1, 4, 4), 2)), 1)
+    low = packing.join((scales & 15).view(-1, 2, 8), 4)
+    return torch.cat((low, packing.join((scales >> 4).view(-1, 4, 4), 2)), 1)
 
 
 def _from_q3(blocks: Tensor) -> Tensor:
     third, low, packed, end = blocks.split((32, 64, 12, 2), 1)
-    scales = fields.split(packed[:, :8], 4).reshape(-1, 16)
-    scales = scales | (fields.split(packed[:, 8:], 2).reshape(-1, 16) << 4)
-    codes = fields.split(low.reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
-    codes = (codes | (fields.split(third, 1) << 2)).view(-1, 16, 16)
+    scales = packing.split(packed[:, :8], 4).reshape(-1, 16)
+    scales = scales | (packing.split(packed[:, 8:], 2).reshape(-1, 16) << 4)
+    codes = packing.split(low.reshape(-1, 2, 32), 2).reshape(-1, 8, 32)
+    codes = (codes | (packing.split(third, 1) << 2)).view(-1, 16, 16)
     return _decode(end, scales.float() - 32, codes.float() - 4)
 
 
 def _from_q6(blocks: Tensor) -> Tensor:
     low, high, scales, end = blocks.split((128, 64, 16, 2), 1)
-    codes = fields.split(low.reshape(-1, 2, 64), 4).reshape(-1, 16, 16)
-    codes = codes | (fields.split(high.reshape(-1, 2, 32), 2).reshape(-1, 16, 16) << 4)
+    codes = packing.split(low.reshape(-1, 2, 64), 4).reshape(-1, 16, 16)
+    codes = codes | (packing.split(high.reshape(-1, 2, 32), 2).reshape(-1, 16, 16) << 4)
     return _decode(end, scales.contiguous().view(torch.int8).float(), codes.float() - 32)
 
 
 def _decode(end: Tensor, scales: Tensor, codes: Tensor) -> Tensor:
     """Weights [B, 256] of codes [B, 16, 16] in natural order."""
-    return ((fields.halves(end) * scales).unsqueeze(2) * codes).flatten(1)
+    return ((packing.halves(end) * scales).unsqueeze(2) * codes).flatten(1)
 
 
 QUANTIZERS = {"q3_k": quantizer(_q3, 256), "q6_k": quantizer(_q6, 256)}

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dqconvert.quantizers.ggml.plain import fields
+from dqconvert.quantizers.ggml.plain import packing
 from dqconvert.quantizers.ggml.plain.lanes import dequantizer, quantizer
 from dqconvert.quantizers.ggml.plain.legacy import inverse
 
@@ -42,13 +42,13 @@ def _tq1(blocks: Tensor, _: Tensor | None) -> Tensor:
         places = 3 ** torch.arange(4, 4 - digits, -1, device=blocks.device)
         numbers = (span.view(-1, digits, width) * places.unsqueeze(1)).sum(1)
         parts.append(((numbers * 256 + 242) // 243).to(torch.uint8))
-    return torch.cat((*parts, fields.half(scale)), 1)
+    return torch.cat((*parts, packing.half(scale)), 1)
 
 
 def _tq2(blocks: Tensor, _: Tensor | None) -> Tensor:
     codes, scale = _codes(blocks)
-    packed = fields.join(codes.view(-1, 2, 4, 32), 2).flatten(1)
-    return torch.cat((packed, fields.half(scale)), 1)
+    packed = packing.join(codes.view(-1, 2, 4, 32), 2).flatten(1)
+    return torch.cat((packed, packing.half(scale)), 1)
 
 
 def _mxfp4(blocks: Tensor, _: Tensor | None) -> Tensor:
@@ -61,7 +61,7 @@ def _mxfp4(blocks: Tensor, _: Tensor | None) -> Tensor:
     for bound, value in zip(_BOUNDS, _VALUES[1:], strict=True):
         codes += (size > scale * bound) & (scale * value).isfinite()
     codes = torch.where((blocks < 0) & (codes > 0), codes | 8, codes)
-    return torch.cat((exponent.to(torch.uint8), fields.join(codes.view(-1, 2, 16), 4)), 1)
+    return torch.cat((exponent.to(torch.uint8), packing.join(codes.view(-1, 2, 16), 4)), 1)
 
 
 def _power(exponent: Tensor) -> Tensor:
@@ -78,17 +78,17 @@ def _tq1_weights(blocks: Tensor) -> Tensor:
         powers = 3 ** torch.arange(digits, device=blocks.device, dtype=torch.int32)
         rest = (packed.unsqueeze(1) * powers.unsqueeze(1)) & 255
         parts.append((rest * 3 >> 8).flatten(1))
-    return fields.halves(blocks[:, 52:]) * (torch.cat(parts, 1) - 1)
+    return packing.halves(blocks[:, 52:]) * (torch.cat(parts, 1) - 1)
 
 
 def _tq2_weights(blocks: Tensor) -> Tensor:
-    codes = fields.split(blocks[:, :64].view(-1, 2, 32), 2).flatten(1)
-    return fields.halves(blocks[:, 64:]) * (codes.float() - 1)
+    codes = packing.split(blocks[:, :64].view(-1, 2, 32), 2).flatten(1)
+    return packing.halves(blocks[:, 64:]) * (codes.float() - 1)
 
 
 def _mxfp4_weights(blocks: Tensor) -> Tensor:
     values = torch.tensor((*_VALUES, *(-value for value in _VALUES)), device=blocks.device)
-    codes = fields.split(blocks[:, 1:], 4).flatten(1)
+    codes = packing.split(blocks[:, 1:], 4).flatten(1)
     return _power(blocks[:, :1].int()) * values[codes.int()]
 
 
