@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from dqconvert.quantizers.spec import NEEDS_IMPORTANCE
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -56,7 +58,9 @@ UNIVERSAL = (
 )  # fmt: skip
 """Block types that all readers of GGUF decode fast."""
 
-RARE = ("mxfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s")
+RARE = (
+    "mxfp4", "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "tq2_0", "iq2_xxs", "iq1_m", "tq1_0", "iq1_s",
+)  # fmt: skip
 MIXES = ("q2_k", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_m")
 BITS = (2.7, 3.5, 4.5, 4.57, 5.5, 6.5)
 
@@ -69,7 +73,9 @@ def _gguf() -> list[Row]:
             pure = {"layout": "pure"} if name in ("q2_k", "q4_0", "q5_0") else {}
             title = f"gguf-{name}, {rounding}"
             found.append(Row(title, f"gguf-{name}", rounding, "gguf", more=pure))
-    found += [Row(f"gguf-{name}, mse", f"gguf-{name}", "mse", "gguf") for name in RARE]
+    for name in RARE:
+        for rounding in ("mse",) if name in NEEDS_IMPORTANCE else ("rtn", "mse"):
+            found.append(Row(f"gguf-{name}, {rounding}", f"gguf-{name}", rounding, "gguf"))
     found += [Row(f"gguf-{name}, mix", f"gguf-{name}", "gptq", "gguf") for name in MIXES]
     for bits in BITS:
         title = f"gguf-auto --bits {bits}"
