@@ -28,6 +28,7 @@ from dqconvert.converter.layers import problem_of
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.prepare import Prepared
 from dqconvert.converter.work import Stats
+from dqconvert.formats.targets import fitted
 from dqconvert.quantizers import knapsack, recipe, schemes
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.forward import effective_weight
@@ -80,11 +81,10 @@ def _menu(layer: LayerPlan, plan: Plan) -> Menu:
     """
     assert layer.form is not None and layer.scheme is not None
     found: dict[int, Scheme] = {}
-    fitting = getattr(plan.target, "fitting", None)  # of some targets only
     for name in plan.scheme.menu:
         scheme = schemes.scheme(name)
         form = replace(layer.form, spec=scheme.weight, bias=False)
-        if fitting is None or fitting(scheme.weight, form.shape) == scheme.weight:
+        if fitted(plan.target, scheme.weight, form.shape) == scheme.weight:
             size = sum(info.nbytes for info in plan.target.promise(form).values())
             found.setdefault(size, scheme)
     return found or {sum(info.nbytes for info in layer.outputs.values()): layer.scheme}

@@ -111,9 +111,10 @@ def _check_device(device: str) -> None:
     """PlanError where this machine has no such device."""
     import torch
 
-    index = int(device.partition(":")[2] or 0)
+    if device == "cpu":
+        return
     found = torch.cuda.device_count()
-    if device != "cpu" and index >= found:
+    if int(device.partition(":")[2] or 0) >= found:
         raise PlanError([f"--device {device}: torch finds {found} CUDA devices here"])
 
 

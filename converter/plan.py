@@ -13,7 +13,7 @@ from dqconvert.converter.canonical import CanonicalSource, composed_info, entrie
 from dqconvert.converter.family import Entry, Linear, fill, leaves, match
 from dqconvert.converter.options import KEEP, PlanOptions, customised
 from dqconvert.formats.form import FileContext, PackedForm
-from dqconvert.formats.targets import Target
+from dqconvert.formats.targets import Target, fitted
 from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import ALL, Mix, Scheme, TensorInfo
@@ -254,10 +254,9 @@ class _Planner:
         name = fill(entry.theirs, index).removesuffix(".*")
         scheme, layout = self._scheme(modules, name)
         form = self._form((first, treatment), infos, columns, (scheme, layout))
-        fitting = getattr(self.target, "fitting", None)  # of some targets only
-        if fitting is not None:
-            form = replace(form, spec=fitting(form.spec, form.shape))
-            scheme = replace(scheme, weight=form.spec)
+        spec = fitted(self.target, form.spec, form.shape)
+        if spec != form.spec:
+            form, scheme = replace(form, spec=spec), replace(scheme, weight=spec)
         form = replace(form, bias=bool(bias), bias_dtype=self._bias_dtype(bias))
         problem = self.target.problem(form)
         if problem:

@@ -157,9 +157,10 @@ def _offer_blocks(
     consider(blocks.result(weight, aim.spec, torch.ones(weight.shape[1])))
     if inputs is None or metric is None:
         return
-    if aim.spec.code not in NEEDS_IMPORTANCE:
-        consider(blocks.result(weight, aim.spec))
-    consider(blocks.result(weight, aim.spec, metric))
+    if aim.spec.code not in blocks.ONE_WAY:
+        if aim.spec.code not in NEEDS_IMPORTANCE:
+            consider(blocks.result(weight, aim.spec))
+        consider(blocks.result(weight, aim.spec, metric))
     if aim.rounding != "gptq" or inputs.moment is None or not blockwise.covers(aim.spec.code):
         return
     order, upper = inputs.loudest

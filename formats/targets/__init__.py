@@ -142,6 +142,13 @@ def target(name: str) -> Target:
         raise UnknownName("target", name, targets()) from None
 
 
+def fitted(runtime: Target, spec: QuantSpec, shape: tuple[int, int]) -> QuantSpec:
+    """The weight format that a target gives to a weight of this shape; most take any as it is."""
+    fitting = getattr(runtime, "fitting", None)
+    found: QuantSpec = fitting(spec, shape) if fitting else spec
+    return found
+
+
 def recognize(
     infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[Target, Recognized] | None:

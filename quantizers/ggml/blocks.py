@@ -33,7 +33,7 @@ MODULES = {
 }
 """The modules of compiled/ and plain/, and the codes that each of them knows."""
 
-_ONE_WAY = frozenset({"q8_0", "tq1_0", "tq2_0", "mxfp4"})
+ONE_WAY = frozenset({"q8_0", "tq1_0", "tq2_0", "mxfp4"})
 """Codes whose bytes no importance changes."""
 
 
@@ -51,7 +51,7 @@ def quantize(weight: Tensor, code: str, importance: Tensor | None = None) -> Ten
         return out.to(rows.device)
     if not math.isfinite(float(torch.stack(torch.aminmax(rows)).abs().amax())):
         raise DataError("holds NaN or infinity")
-    if code in _ONE_WAY:
+    if code in ONE_WAY:
         importance = None
     if importance is not None:
         importance = importance.to(rows).contiguous()
