@@ -8,24 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqconvert.converter.families import families
 from dqconvert.converter.family import (
     LAST,
     Entry,
     Family,
+    Shape,
     depth,
     fill,
     leaves,
     match,
-    patterns,
-    stacked_rows,
+    viewed,
 )
 from dqconvert.formats.source import Source
 from dqconvert.quantizers.errors import SourceError
-from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
+from dqconvert.quantizers.spec import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,13 +35,15 @@ Infos = Mapping[str, TensorInfo]
 class Origin:
     """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap.
 
-    frame: index in the third dimension, None where the tensor is no slice of it.
+    frame: index in the third dimension, None where the tensor is no slice of it; view: its shape,
+    None where it is that of the file.
     """
 
     tensor: str
     rows: tuple[int, int] | None = None
     swap: bool = False
     frame: int | None = None
+    view: Shape | None = None
 
 
 class CanonicalSource:
@@ -57,7 +57,7 @@ class CanonicalSource:
         self, source: Source, family: Family, dialect: str, origins: Mapping[str, Origin]
     ) -> None:
         self.source, self.family, self.dialect = source, family, dialect
-        self._origins = origins
+        self.origins = origins
         self.infos: Infos = {name: _info(source.infos, at) for name, at in origins.items()}
         self.ignored = len(source.infos) - len({at.tensor for at in origins.values()})
 
@@ -68,10 +68,12 @@ class CanonicalSource:
 
     def read(self, name: str) -> Tensor:
         """A canonical tensor, in fresh memory."""
-        origin = self._origins[name]
+        origin = self.origins[name]
         tensor = self.source.read(origin.tensor, origin.rows)
         if origin.frame is not None:
             return tensor[:, :, origin.frame].clone()
+        if origin.view is not None:
+            return tensor.reshape(viewed(tensor.shape, origin.view))
         return swap_halves(tensor) if origin.swap else tensor
 
     def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
@@ -82,7 +84,7 @@ class CanonicalSource:
 
         infos = [self.infos[name] for name in names]
         start, stop = rows or (0, sum(info.shape[0] for info in infos))
-        if len({info.dtype for info in infos}) > 1 or any(self._origins[n].swap for n in names):
+        if len({info.dtype for info in infos}) > 1 or any(self.origins[n].swap for n in names):
             return torch.cat([self.read(name) for name in names])[start:stop]
         dtype = TORCH_DTYPES[infos[0].dtype]
         whole = torch.empty((stop - start, *infos[0].shape[1:]), dtype=dtype)
@@ -91,7 +93,7 @@ class CanonicalSource:
             last = first + info.shape[0]
             low, high = max(first, start), min(last, stop)
             if low < high:
-                origin = self._origins[name]
+                origin = self.origins[name]
                 base = (origin.rows[0] if origin.rows else 0) - first
                 part = whole[low - start : high - start]
                 self.source.fill(origin.tensor, part, (low + base, high + base))
@@ -100,41 +102,8 @@ class CanonicalSource:
 
     def where(self, name: str) -> str:
         """File and tensor that a canonical tensor comes from, for messages."""
-        origin = self._origins[name]
+        origin = self.origins[name]
         return f"{self.source.where(origin.tensor)}: tensor {origin.tensor}"
-
-
-def open_canonical(source: Source, path: Path, part: str = "") -> CanonicalSource:
-    """Recognise the family and the dialect of a checkpoint from its headers.
-
-    part: only tensors that begin with it are looked at. Raises SourceError if it is no transformer
-    of a known family, incomplete, or already quantized.
-    """
-    if part and not any(name.startswith(part) for name in source.infos):
-        raise SourceError(f"{path}: no tensor's name begins with {part}")
-    for family in families().values():
-        for prefix in (*family.prefixes, ""):
-            unread = tuple(prefix + name for name in family.unread)
-            ours = (n for n in source.infos if n.startswith(prefix) and n.startswith(part))
-            names = [name for name in ours if not name.startswith(unread)]
-            for dialect in family.sources:
-                origins = _origins(source.infos, names, prefix, family, dialect)
-                if _is_of(family, origins):
-                    found = CanonicalSource(source, family, dialect, origins)
-                    _check(found, names, path)
-                    return found
-    some = ", ".join(list(source.infos)[:3])
-    known = ", ".join(family.title for family in families().values())
-    raise SourceError(
-        f"{path}: not a diffusion transformer that is known (its tensors: {some} ...); "
-        f"known families: {known}"
-    )
-
-
-def _is_of(family: Family, names: Mapping[str, object]) -> bool:
-    """Whether canonical names are those of the family and of no other that is built upon it."""
-    known = all(name in names for name in family.signature)
-    return known and not any(name in names for name in family.foreign)
 
 
 def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -206,6 +175,8 @@ def compose(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
 
     if entry.frames:
         return torch.stack(list(parts), dim=2)
+    if entry.view is not None:
+        return parts[0].reshape(viewed(parts[0].shape, entry.view[0]))
     tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return swap_halves(tensor) if entry.swap else tensor
 
@@ -217,6 +188,8 @@ def swap_halves(tensor: Tensor) -> Tensor:
 
 def composed_info(entry: Entry, infos: Sequence[TensorInfo]) -> TensorInfo:
     """What compose makes of tensors with these infos."""
+    if entry.view is not None:
+        return replace(infos[0], shape=viewed(infos[0].shape, entry.view[0]))
     if len(infos) == 1:
         return infos[0]
     if entry.frames:
@@ -230,55 +203,11 @@ def _info(infos: Infos, origin: Origin) -> TensorInfo:
     info = infos[origin.tensor]
     if origin.frame is not None:
         return replace(info, shape=(*info.shape[:2], *info.shape[3:]))
+    if origin.view is not None:
+        return replace(info, shape=viewed(info.shape, origin.view))
     if origin.rows is None:
         return info
     return replace(info, shape=(origin.rows[1] - origin.rows[0], *info.shape[1:]))
-
-
-def _origins(
-    infos: Infos, names: Sequence[str], prefix: str, family: Family, dialect: str
-) -> dict[str, Origin]:
-    """Where each canonical tensor lies; names that the table does not know are left out."""
-    short = {name.removeprefix(prefix): name for name in names}
-    if not family.dialects[dialect]:
-        if not short.keys() >= set(family.signature):
-            return {}  # another family, whose blocks are not ours to count
-        required, optional = expected(family, short)
-        known = required | optional
-        return {name: Origin(full) for name, full in short.items() if name in known}
-    table = {leaf.theirs: leaf for entry in family.dialects[dialect] for leaf in leaves(entry)}
-    matched = [
-        (full, table[pattern], index)
-        for name, full in short.items()
-        for pattern, index in patterns(name)
-        if pattern in table
-    ]
-    hidden = next(
-        (infos[name].shape[0] for name, leaf, _ in matched if leaf.ours == (family.hidden,)), 0
-    )
-    held = [fill(leaf.ours[0], index) for _, leaf, index in matched]
-    return {
-        ours: origin
-        for name, leaf, index in matched
-        for ours, origin in _split(name, infos[name], settled(leaf, index, held), index, hidden)
-    }
-
-
-def _split(
-    name: str, info: TensorInfo, leaf: Entry, index: str, hidden: int
-) -> Iterable[tuple[str, Origin]]:
-    """The canonical tensors inside one tensor of a dialect."""
-    if len(leaf.ours) == 1:
-        yield fill(leaf.ours[0], index), Origin(name, swap=bool(leaf.swap))
-        return
-    if leaf.frames:
-        for frame, ours in enumerate(leaf.ours):
-            yield fill(ours, index), Origin(name, frame=frame)
-        return
-    for place, ours in enumerate(leaf.ours):
-        start, stop = stacked_rows(place, len(leaf.ours), hidden, info.shape[0])
-        if stop > start:
-            yield fill(ours, index), Origin(name, (start, stop))
 
 
 def _place(family: Family, name: str) -> tuple[int, int]:
@@ -301,28 +230,3 @@ def _numbers(pattern: str, depths: Mapping[str, int], tensors: int) -> list[str]
             "incomplete, or its names are broken"
         )
     return [str(i) for i in range(count)]
-
-
-def _check(found: CanonicalSource, names: Sequence[str], path: Path) -> None:
-    """Complete, nothing unknown, all tensors floating point."""
-    title = found.family.title
-    for name, info in found.infos.items():
-        if info.dtype not in FLOAT_DTYPES:
-            raise SourceError(
-                f"{found.where(name)} is {info.dtype}: the checkpoint is already quantized; "
-                "give the 16 or 32 bit original"
-            )
-    required, _ = expected(found.family, found.infos)
-    missing = sorted(required - found.infos.keys())
-    if missing:
-        raise SourceError(
-            f"{path}: an incomplete {title} checkpoint; {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}; download it again"
-        )
-    used = {origin.tensor for origin in found._origins.values()}
-    unknown = [name for name in names if name not in used]
-    if unknown:
-        raise SourceError(
-            f"{path}: {len(unknown)} tensors are not part of {title}, the first is {unknown[0]}; "
-            "is it already quantized, or another model?"
-        )

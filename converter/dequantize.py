@@ -111,8 +111,7 @@ class _Weights:
         return whole[start:stop]
 
     def _rows(self, layer: PackedLayer, place: int) -> tuple[int, int]:
-        count = len(layer.entry.ours)
-        return stacked_rows(place, count, self._found.hidden, layer.form.shape[0])
+        return stacked_rows(layer.entry, place, self._found.hidden, layer.form.shape[0])
 
     def _shape(self, name: str) -> tuple[int, ...]:
         module, _, leaf = name.rpartition(".")
@@ -123,7 +122,7 @@ class _Weights:
             return (stop - start, width) if leaf == "weight" else (stop - start,)
         theirs, entry = self._found.kept[name]
         shape = self._found.source.infos[theirs].shape
-        if len(entry.ours) == 1:
+        if len(entry.ours) == 1 and entry.view is None:
             return shape
         return tuple(self._found.read_kept(name).shape)
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from typing import Any
 
 from dqconvert.quantizers.spec import TensorInfo
 
 LEAVES = ("weight", "bias")
 LAST = "last"
+HIDDEN, EQUAL, GROUPED = "hidden", "equal", "grouped"
+Shape = tuple[int, ...]
 Infos = Mapping[str, TensorInfo]
 
 
@@ -24,11 +27,14 @@ Infos = Mapping[str, TensorInfo]
 class Entry:
     """One module, or one tensor, of a dialect and the canonical ones that it is made of.
 
-    ours: stacked on rows, in this order; all but the last have the model's hidden size. columns:
-    the input channels start .. stop of a single canonical linear, "hidden" and None allowed; its
-    bias goes to the entry that reaches the last column. swap: the two halves of the rows change
-    places, LAST: in the last block alone. bias: whether the leaves of `.*` are weight and bias,
-    or weight alone. frames: ours are joined along the third dimension, one frame each, instead.
+    ours: stacked on rows, in this order, as share says. columns: the input channels start .. stop
+    of a single canonical linear, "hidden" and None allowed; its bias goes to the entry that reaches
+    the last column. swap: the two halves of the rows change places, LAST: in the last block alone.
+    bias: whether the leaves of `.*` are weight and bias, or weight alone. frames: ours are joined
+    along the third dimension, one frame each, instead. share: how many rows each of ours has:
+    HIDDEN, all but the last the model's hidden size; EQUAL, all alike; GROUPED, the first the
+    hidden size and the others the rest alike, as in grouped-query attention. view: shapes of
+    theirs and of the one of ours, -1 for one size each, where they differ in nothing else.
     """
 
     theirs: str
@@ -37,6 +43,8 @@ class Entry:
     swap: bool | str = False
     bias: bool = True
     frames: bool = False
+    share: str = HIDDEN
+    view: tuple[Shape, Shape] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +104,12 @@ class Family:
     mixed schemes keep at the better format without calibration. video: whether it makes videos.
     unguided: in the names of models that are made to run without guidance. architecture: what GGUF
     files call it, "" where no reader of them knows it. tokens: canonical token embedding whose
-    tokenizer a GGUF file holds. folds: where the model itself can hold a smooth vector and a
-    center. outside: linears outside the blocks that some policy names.
+    tokenizer a GGUF file holds. variant(infos, config): which of the family's models it is, in a
+    word such as "edit" or "guidance", "" where there is only one. pipelines: {variant: diffusers'
+    pipeline class}, the row "" for variants without one. fields: of a line of prompts, those that
+    the pipelines take. encoders: {component of the pipeline: the family of its weights}. folds:
+    where the model itself can hold a smooth vector and a center. outside: linears outside the
+    blocks that some policy names.
     """
 
     name: str
@@ -128,6 +140,10 @@ class Family:
     unguided: tuple[str, ...] = ()
     architecture: str = ""
     tokens: str = ""
+    variant: Callable[[Infos, Mapping[str, Any]], str] = lambda infos, config: ""
+    pipelines: Mapping[str, str] = field(default_factory=dict)
+    fields: tuple[str, ...] = ("prompt", "negative_prompt")
+    encoders: Mapping[str, str] = field(default_factory=dict)
 
     def dialect_of(self, target: str, dialect: str) -> str:
         """The naming that a target writes: one of its own if the family has it, else its usual."""
@@ -176,9 +192,21 @@ def depth(names: Iterable[str], blocks: str) -> int:
     return max((int(index) + 1 for index in found if index), default=0)
 
 
-def stacked_rows(place: int, count: int, hidden: int, total: int) -> tuple[int, int]:
-    """Rows start, stop of one of count stacked tensors: all but the last have the hidden size."""
-    return place * hidden, total if place == count - 1 else (place + 1) * hidden
+def stacked_rows(entry: Entry, place: int, hidden: int, total: int) -> tuple[int, int]:
+    """Rows start, stop of one of the stacked tensors of an entry, whose rows are total."""
+    count = len(entry.ours)
+    first = total // count if entry.share == EQUAL else hidden
+    rest = hidden
+    if entry.share != HIDDEN and count > 1:
+        rest = (total - first) // (count - 1)
+    start = 0 if place == 0 else first + (place - 1) * rest
+    return start, total if place == count - 1 else start + (rest if place else first)
+
+
+def viewed(shape: Shape, view: Shape) -> Shape:
+    """A shape as a view has it: its -1 is what the other sizes leave."""
+    free = prod(shape) // max(-prod(view), 1)
+    return tuple(free if size < 0 else size for size in view)
 
 
 def fill(pattern: str, index: str) -> str:
@@ -197,13 +225,10 @@ def leaves(entry: Entry) -> list[Entry]:
     if not entry.theirs.endswith(".*"):
         return [entry]
     return [
-        Entry(
-            entry.theirs[:-1] + leaf,
-            tuple(name[:-1] + leaf for name in entry.ours),
-            entry.columns,
-            entry.swap,
-            entry.bias,
-            entry.frames,
+        replace(
+            entry,
+            theirs=entry.theirs[:-1] + leaf,
+            ours=tuple(name[:-1] + leaf for name in entry.ours),
         )
         for leaf in (LEAVES if entry.bias else LEAVES[:1])
     ]

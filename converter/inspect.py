@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.reopen import reopen
 from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
 from dqconvert.formats.gguf_readers import readers

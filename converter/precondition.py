@@ -164,7 +164,7 @@ class PreconditionedSource(CanonicalSource):
     """A checkpoint as if it had been written with the fold: same names, shapes and dtypes."""
 
     def __init__(self, inner: CanonicalSource, precondition: Precondition) -> None:
-        super().__init__(inner.source, inner.family, inner.dialect, inner._origins)
+        super().__init__(inner.source, inner.family, inner.dialect, inner.origins)
         self.inner, self.precondition = inner, precondition
 
     def read(self, name: str) -> Tensor:

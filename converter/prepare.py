@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import tokenizers
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import Job
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dqconvert.converter.canonical import entries_of
-from dqconvert.converter.family import fill, stacked_rows
+from dqconvert.converter.family import Entry, fill, stacked_rows
 from dqconvert.converter.precondition import Place, Precondition, load
 from dqconvert.converter.reopen import Reopened, reopen
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
@@ -143,9 +143,9 @@ def _moved(delta: Delta, precondition: Precondition, hidden: int) -> Moved:
     down, up = delta.tensors["down"].float(), delta.tensors["up"].float()
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"ranks {down.shape[0]} and {up.shape[1]}")
-    total, count = up.shape[0], len(delta.parts)
+    total, stacked = up.shape[0], Entry(delta.base, delta.parts)
     rows = {
-        part: slice(*stacked_rows(place, count, hidden, total))
+        part: slice(*stacked_rows(stacked, place, hidden, total))
         for place, part in enumerate(delta.parts)
     }
     factors, grown = torch.ones(total), None
@@ -233,8 +233,8 @@ def _rows(module: str, found: Reopened) -> int:
     """Output channels of a canonical linear, from the packed layer that holds it."""
     for layer in found.layers:
         if module in layer.modules:
-            place, count = layer.modules.index(module), len(layer.modules)
-            start, stop = stacked_rows(place, count, found.hidden, layer.form.shape[0])
+            place = layer.modules.index(module)
+            start, stop = stacked_rows(layer.entry, place, found.hidden, layer.form.shape[0])
             return stop - start
     return int(found.read_kept(f"{module}.weight").shape[0])
 

@@ -22,6 +22,7 @@ from dqconvert.converter.family import (
     match,
     patterns,
     stacked_rows,
+    viewed,
 )
 from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
@@ -189,10 +190,12 @@ class Reopened:
         if len(leaf.ours) == 1:
             tensor = self._numbers.read(theirs)
             leaf = settled(leaf, match(leaf.ours[0], name) or "", self.names())
+            if leaf.view is not None:
+                return tensor.reshape(viewed(tensor.shape, leaf.view[1]))
             return swap_halves(tensor) if leaf.swap else tensor
         shape = self.source.infos[theirs].shape
         place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)
-        start, stop = stacked_rows(place, len(leaf.ours), self.hidden, shape[0] if shape else 0)
+        start, stop = stacked_rows(leaf, place, self.hidden, shape[0] if shape else 0)
         if not shape or not start < stop <= shape[0]:
             raise SourceError(f"{theirs}: found {list(shape)}, too few rows to hold {name}")
         return self._numbers.read(theirs, (start, stop))

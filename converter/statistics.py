@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.calibration.prompts import Prompt, read_prompts
 from dqconvert.calibration.settings import CalibrationSettings, Site, stats_key
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.family import fill
 from dqconvert.converter.job import Job, Progress
 from dqconvert.converter.resolve import Model, resolve

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from dqconvert.calibration import store
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
 from dqconvert.converter.options import KEEP, PlanOptions, is_grouped

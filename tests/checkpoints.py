@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,13 @@ SMALL = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2}
 NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
 FILL = SMALL | {"in_channels": 384, "out_channels": 64}
 _CONFIGS = runpy.run_path(str(HERE / "configs.py"))
-MODELS: dict[str, tuple[dict[str, Any], ...]] = _CONFIGS["CONFIGS"]
+FAMILY_MODELS = {
+    path.stem: runpy.run_path(str(path)) for path in sorted((HERE / "models").glob("*.py"))
+}
+"""What is known for the tests of one family, by its name: see models/README.md."""
+MODELS: dict[str, tuple[dict[str, Any], ...]] = _CONFIGS["CONFIGS"] | {
+    name: known["CONFIGS"] for name, known in FAMILY_MODELS.items()
+}
 ENCODERS, encoder_tensors = _CONFIGS["ENCODERS"], _CONFIGS["encoder_tensors"]
 CONFIGS = {
     "flux": (
@@ -113,6 +119,9 @@ CONFIGS = {
 
 def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """The tensors of diffusers' own model, without their bytes."""
+    for known in FAMILY_MODELS.values():
+        if "tensors" in known and config in known["CONFIGS"] + tuple(known["REAL"].values()):
+            return {name: tensor.to(dtype) for name, tensor in known["tensors"](config).items()}
     if config.get("_class_name") in ENCODERS:
         return {name: tensor.to(dtype) for name, tensor in encoder_tensors(config).items()}
     with torch.device("meta"):
@@ -180,9 +189,11 @@ def read_dialect(
             if leaf.frames:
                 pieces[fill(ours, index)] = [(0, tensor[:, :, place])]
                 continue
-            stop = None if place == len(leaf.ours) - 1 else (place + 1) * hidden
+            if leaf.view is not None:
+                pieces[fill(ours, index)] = [(0, tensor.reshape(leaf.view[1]))]
+                continue
             first = hidden if leaf.columns and leaf.columns[0] == "hidden" else 0
-            piece = (first, tensor[place * hidden : stop] if tensor.ndim else tensor)
+            piece = (first, _shared(tensor, leaf, hidden)[place] if tensor.ndim else tensor)
             pieces.setdefault(fill(ours, index), []).append(piece)
     found = {}
     for name, parts in pieces.items():
@@ -190,6 +201,18 @@ def read_dialect(
         whole = len(parts) == 1 or parts[0][1].ndim < 2
         found[name] = parts[0][1] if whole else torch.cat([p for _, p in parts], 1)
     return found
+
+
+def _shared(tensor: Tensor, leaf: Entry, hidden: int) -> Sequence[Tensor]:
+    """What each canonical tensor has of the rows."""
+    if len(leaf.ours) == 1:
+        return [tensor]
+    if leaf.share == "equal":
+        return tensor.chunk(len(leaf.ours))
+    if leaf.share == "grouped":
+        return [tensor[:hidden], *tensor[hidden:].chunk(len(leaf.ours) - 1)]
+    sizes = [hidden] * (len(leaf.ours) - 1)
+    return tensor.split([*sizes, tensor.shape[0] - sum(sizes)])
 
 
 def original(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.quantizers.errors import SourceError
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.reopen import reopen
 from dqconvert.formats.source import open_source
 

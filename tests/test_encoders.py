@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import make_plan

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dqconvert.converter.canonical import composed_info, entries_of, open_canonical
+from dqconvert.converter.canonical import composed_info, entries_of
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import aliases, families
 from dqconvert.converter.family import LEAVES, Entry, depth, fill, leaves, match, patterns
 from dqconvert.formats.targets import targets

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqconvert.converter import canonical
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter import detect
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Fold, depth, fill
 from dqconvert.converter.options import PlanOptions
@@ -114,7 +114,7 @@ def test_no_family_takes_another_for_its_own(mine: str, monkeypatch: Any) -> Non
     for dialect in families()[mine].sources:
         theirs, _ = checkpoints.write_dialect(families()[mine], dialect, model)
         for name, family in families().items():
-            monkeypatch.setattr(canonical, "families", lambda family=family: {"only": family})
+            monkeypatch.setattr(detect, "families", lambda family=family: {"only": family})
             if name == mine:
                 assert open_canonical(Memory(theirs), PATH).family is family
                 continue

@@ -17,7 +17,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType
 from safetensors.torch import load_file, save_file
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan

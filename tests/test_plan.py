@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.formats.targets import target

@@ -20,7 +20,8 @@ from torch import Tensor
 from dqconvert.converter import precondition
 from dqconvert.converter import precondition_choice as choice
 from dqconvert.converter import precondition_notes as notes
-from dqconvert.converter.canonical import CanonicalSource, open_canonical
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import Job
 from dqconvert.converter.precondition import Place, Precondition, PreconditionedSource, places
 from dqconvert.converter.prepare import prepare

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dqconvert.converter import precondition
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.precondition import Precondition, PreconditionedSource, places
 from dqconvert.converter.rebase import rebase
 from dqconvert.quantizers.errors import DQConvertError, PlanError

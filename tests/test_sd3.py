@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dqconvert.converter.canonical import open_canonical
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,4 +85,9 @@ INPUTS: Mapping[str, Callable[[Any, Callable[..., Tensor]], Any]] = {
     "SD3Transformer2DModel": _sd3,
     "WanTransformer3DModel": _wan,
     "ZImageTransformer2DModel": _z_image,
+    **{
+        kind: run
+        for path in sorted(Path(__file__).with_name("models").glob("*.py"))
+        for kind, run in runpy.run_path(str(path)).get("INPUTS", {}).items()
+    },
 }
