@@ -1,63 +1,230 @@
-"""Which family a checkpoint is of, and in which dialect, from its headers alone."""
+"""Which family a checkpoint is of, and in which dialect, from its headers alone. Torch-free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
+from dqconvert.converter import generic
 from dqconvert.converter.canonical import CanonicalSource, Infos, Origin, expected, settled
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Entry, Family, fill, leaves, patterns, stacked_rows
+from dqconvert.converter.family import (
+    Entry,
+    Family,
+    fill,
+    leaves,
+    match,
+    patterns,
+    stacked_rows,
+)
 from dqconvert.formats.source import Source
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
 
+WRAPPERS = ("", "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.", "net.")
+"""What training code and runtimes put before all names, beside the families' own prefixes."""
 
-def open_canonical(source: Source, path: Path, part: str = "") -> CanonicalSource:
+OTHERS = (
+    "vae.",
+    "first_stage_model.",
+    "text_encoder",
+    "conditioner.",
+    "cond_stage_model.",
+    "image_encoder.",
+    "audio_vae.",
+    "vocoder.",
+)
+"""How the names of other components begin in all-in-one checkpoints."""
+
+NAMED = 4
+"""How many tensors an error names."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A checkpoint read as one family in one dialect, behind one prefix."""
+
+    source: Source
+    family: Family
+    dialect: str
+    prefix: str
+    names: Sequence[str]
+
+    @cached_property
+    def short(self) -> Mapping[str, str]:
+        """The names in the file by those without the prefix."""
+        return {name.removeprefix(self.prefix): name for name in self.names}
+
+    def likeness(self) -> float:
+        """The share of the family's signature that the names hold."""
+        found = _witnesses(self.family, self.dialect)
+        return sum(not one.isdisjoint(self.short) for one in found) / len(found)
+
+    @cached_property
+    def origins(self) -> Mapping[str, Origin]:
+        """Where each canonical tensor lies; names that the table does not know are left out."""
+        return _origins(self.source.infos, self.short, self.family, self.dialect)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the canonical names are those of the family and of none built upon it."""
+        if self.likeness() < 1:
+            return False
+        held = self.origins
+        known = all(name in held for name in self.family.signature)
+        return known and not any(name in held for name in self.family.foreign)
+
+    @property
+    def missing(self) -> list[str]:
+        """Canonical tensors that a model of this depth must have, and the checkpoint has not."""
+        required, _ = expected(self.family, self.origins)
+        return sorted(required - self.origins.keys())
+
+    @cached_property
+    def unknown(self) -> Mapping[str, str]:
+        """Tensors that the family does not know, by name without the prefix."""
+        used = {origin.tensor for origin in self.origins.values()}
+        unread = (*self.family.unread, *OTHERS)
+        rest = {k: name for k, name in self.short.items() if name not in used}
+        return {k: name for k, name in rest.items() if not k.startswith(unread)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that the family knows."""
+        infos = self.source.infos
+        return sum(infos[name].nbytes for name in {at.tensor for at in self.origins.values()})
+
+
+def open_canonical(
+    source: Source, path: Path, part: str = "", config: Mapping[str, Any] | None = None
+) -> CanonicalSource:
     """Recognise the family and the dialect of a checkpoint from its headers.
 
-    part: only tensors that begin with it are looked at. Raises SourceError if it is no transformer
-    of a known family, incomplete, or already quantized.
+    part: only tensors that begin with it are looked at; config: of a diffusers model, with which
+    one of no known family can be told by its names. Tensors that the family does not know keep
+    their names. Raises SourceError if it is no transformer, incomplete, or already quantized.
     """
-    if part and not any(name.startswith(part) for name in source.infos):
+    names = [name for name in source.infos if name.startswith(part)]
+    if part and not names:
         raise SourceError(f"{path}: no tensor's name begins with {part}")
+    readings = list(_readings(source, names))
+    found = max((one for one in readings if one.fits), key=lambda one: one.nbytes, default=None)
+    if found is not None:
+        return _opened(found, path)
+    family = generic.family_of(source.infos, config or {})
+    if family is not None:
+        return _opened(_Reading(source, family, family.sources[0], "", names), path)
+    raise SourceError(f"{path}: {_nearest(readings, names)}")
+
+
+def unknown(source: CanonicalSource) -> list[str]:
+    """Tensors of a checkpoint that its family does not know, which are kept as they are."""
+    required, optional = expected(source.family, source.infos)
+    return [name for name in source.infos if name not in required and name not in optional]
+
+
+def _readings(source: Source, names: Sequence[str]) -> Iterator[_Reading]:
+    """Every way to read the names that holds some of a family's signature."""
+    own = (prefix for family in families().values() for prefix in family.prefixes)
+    behind: dict[str, list[str]] = {}
+    for prefix in dict.fromkeys((*own, *WRAPPERS)):
+        held = [name for name in names if name.startswith(prefix)]
+        if held:
+            behind[prefix] = held
     for family in families().values():
-        for prefix in (*family.prefixes, ""):
-            unread = tuple(prefix + name for name in family.unread)
-            ours = (n for n in source.infos if n.startswith(prefix) and n.startswith(part))
-            names = [name for name in ours if not name.startswith(unread)]
-            for dialect in family.sources:
-                origins = _origins(source.infos, names, prefix, family, dialect)
-                if _is_of(family, origins):
-                    found = CanonicalSource(source, family, dialect, origins)
-                    _check(found, names, path)
-                    return found
-    some = ", ".join(list(source.infos)[:3])
-    known = ", ".join(family.title for family in families().values())
-    raise SourceError(
-        f"{path}: not a diffusion transformer that is known (its tensors: {some} ...); "
-        f"known families: {known}"
-    )
+        for prefix, held in behind.items():
+            if prefix in family.prefixes or prefix in WRAPPERS:
+                for dialect in family.sources:
+                    reading = _Reading(source, family, dialect, prefix, held)
+                    if reading.likeness():
+                        yield reading
 
 
-def _is_of(family: Family, names: Mapping[str, object]) -> bool:
-    """Whether canonical names are those of the family and of no other that is built upon it."""
-    known = all(name in names for name in family.signature)
-    return known and not any(name in names for name in family.foreign)
+@cache
+def _witnesses(family: Family, dialect: str) -> tuple[frozenset[str], ...]:
+    """For each tensor of the signature, the names that it may have in a dialect."""
+    rows = [leaf for entry in family.dialects[dialect] for leaf in leaves(entry)]
+    found = []
+    for name in family.signature:
+        pairs = ((row, match(ours, name)) for row in rows for ours in row.ours)
+        theirs = {fill(row.theirs, index) for row, index in pairs if index is not None}
+        found.append(frozenset(theirs or {name}))
+    return tuple(found)
+
+
+def _opened(reading: _Reading, path: Path) -> CanonicalSource:
+    """The checkpoint, checked: complete, floating point, and nothing strange beside a linear."""
+    family, infos = reading.family, reading.source.infos
+    for origin in reading.origins.values():
+        if infos[origin.tensor].dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{reading.source.where(origin.tensor)}: tensor {origin.tensor} is "
+                f"{infos[origin.tensor].dtype}: the checkpoint is already quantized, in a way that "
+                "is not known; give the 16 or 32 bit original"
+            )
+    missing = reading.missing
+    if missing:
+        raise SourceError(
+            f"{path}: an incomplete {family.title} checkpoint; {len(missing)} tensors are missing, "
+            f"the first is {missing[0]}; download it again"
+            + (f"; unknown beside them: {_some(reading.unknown)}" if reading.unknown else "")
+        )
+    modules = {origin.tensor.rpartition(".")[0] for origin in reading.origins.values()}
+    beside = [
+        name for name in reading.unknown.values() if name.rpartition(".")[0] in modules - {""}
+    ]
+    if beside:
+        raise SourceError(
+            f"{path}: {len(beside)} tensors are not part of {family.title}, the first is "
+            f"{beside[0]}; is it already quantized, or another model?"
+        )
+    kept = {name: Origin(full) for name, full in reading.unknown.items()}
+    return CanonicalSource(reading.source, family, reading.dialect, {**kept, **reading.origins})
+
+
+def _uncountable(name: str) -> bool:
+    """Whether a name numbers something that nobody could have so many of."""
+    return any(part.isdecimal() and len(part) > 9 for part in name.split("."))
+
+
+def _nearest(readings: Sequence[_Reading], names: Sequence[str]) -> str:
+    """Why no family fits: how the nearest differs, or what there is."""
+    best = max(readings, key=lambda one: (one.likeness(), one.nbytes), default=None)
+    if best is None or best.likeness() <= 0.5:
+        known = ", ".join(family.title for family in families().values())
+        return (
+            f"not a diffusion transformer that is known (its tensors: {_some(names)}); "
+            f"known families: {known}"
+        )
+    title = best.family.title
+    needed = zip(best.family.signature, _witnesses(best.family, best.dialect), strict=True)
+    lacks = [min(theirs) for _, theirs in needed if theirs.isdisjoint(best.short)]
+    other = [best.origins[name].tensor for name in best.family.foreign if name in best.origins]
+    parts = [f"it lacks {_some(lacks)}"] if lacks else []
+    parts += [f"it has {_some(other)}, which tells another model"] if other else []
+    rest = list(best.unknown.values())
+    parts += [f"{len(rest)} of its tensors are not known there: {_some(rest)}"] if rest else []
+    return f"nearly {title} in {best.dialect} names, but {'; '.join(parts)}"
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
 
 def _origins(
-    infos: Infos, names: Sequence[str], prefix: str, family: Family, dialect: str
+    infos: Infos, short: Mapping[str, str], family: Family, dialect: str
 ) -> dict[str, Origin]:
-    """Where each canonical tensor lies; names that the table does not know are left out."""
-    short = {name.removeprefix(prefix): name for name in names}
     if not family.dialects[dialect]:
         if not short.keys() >= set(family.signature):
             return {}  # another family, whose blocks are not ours to count
         required, optional = expected(family, short)
         known = required | optional
         return {name: Origin(full) for name, full in short.items() if name in known}
-    table = {leaf.theirs: leaf for entry in family.dialects[dialect] for leaf in leaves(entry)}
+    table = _table(family, dialect)
     matched = [
         (full, table[pattern], index)
         for name, full in short.items()
@@ -73,6 +240,12 @@ def _origins(
         for name, leaf, index in matched
         for ours, origin in _split(name, infos[name], settled(leaf, index, held), index, hidden)
     }
+
+
+@cache
+def _table(family: Family, dialect: str) -> Mapping[str, Entry]:
+    """The rows of a dialect by its names."""
+    return {leaf.theirs: leaf for entry in family.dialects[dialect] for leaf in leaves(entry)}
 
 
 def _split(
@@ -91,28 +264,3 @@ def _split(
         start, stop = stacked_rows(leaf, place, hidden, info.shape[0])
         if stop > start:
             yield fill(ours, index), Origin(name, (start, stop))
-
-
-def _check(found: CanonicalSource, names: Sequence[str], path: Path) -> None:
-    """Complete, nothing unknown, all tensors floating point."""
-    title = found.family.title
-    for name, info in found.infos.items():
-        if info.dtype not in FLOAT_DTYPES:
-            raise SourceError(
-                f"{found.where(name)} is {info.dtype}: the checkpoint is already quantized; "
-                "give the 16 or 32 bit original"
-            )
-    required, _ = expected(found.family, found.infos)
-    missing = sorted(required - found.infos.keys())
-    if missing:
-        raise SourceError(
-            f"{path}: an incomplete {title} checkpoint; {len(missing)} tensors are missing, "
-            f"the first is {missing[0]}; download it again"
-        )
-    used = {origin.tensor for origin in found.origins.values()}
-    unknown = [name for name in names if name not in used]
-    if unknown:
-        raise SourceError(
-            f"{path}: {len(unknown)} tensors are not part of {title}, the first is {unknown[0]}; "
-            "is it already quantized, or another model?"
-        )

@@ -84,7 +84,7 @@ class Fold:
     columns: tuple[int | str, int | str | None] = (0, None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Family:
     """A model family, as data.
 

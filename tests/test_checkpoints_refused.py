@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqconvert.converter.detect import open_canonical
+from dqconvert.converter.detect import open_canonical, unknown
 from dqconvert.converter.families import families
 from dqconvert.quantizers.errors import SourceError
 
@@ -59,13 +59,29 @@ def test_half_a_guidance_embedder_is_no_whole_one() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 @pytest.mark.parametrize("extra", ["double_blocks.0.img_attn.extra.weight", "lora_unet_x.alpha"])
-def test_unknown_tensors_are_named(prefix: str, extra: str) -> None:
+def test_unknown_tensors_are_kept_and_named(prefix: str, extra: str) -> None:
     for tensors in (original(MODEL), MODEL):
         both = {
-            prefix + name: tensor for name, tensor in (tensors | {extra: torch.zeros(1)}).items()
+            prefix + name: tensor for name, tensor in (tensors | {extra: torch.ones(1)}).items()
         }
-        text = refused(both)
-        assert str(PATH) in text and f"the first is {prefix}{extra}" in text
+        found = open_canonical(Memory(both), PATH)
+        assert unknown(found) == [extra]
+        assert found.infos.keys() == MODEL.keys() | {extra}
+        assert torch.equal(found.read(extra), torch.ones(1))
+
+
+@pytest.mark.parametrize("extra", ["double_blocks.0.img_attn.proj.extra", "img_in.weight_g"])
+def test_unknown_tensors_beside_a_linear_are_refused(extra: str) -> None:
+    text = refused(original(MODEL) | {extra: torch.zeros(1)})
+    assert str(PATH) in text and f"1 tensors are not part of FLUX.1, the first is {extra}" in text
+
+
+def test_a_near_match_says_what_differs() -> None:
+    tensors = original(MODEL)
+    tensors["vector_in.my_layer.weight"] = tensors.pop("vector_in.in_layer.weight")
+    text = refused(tensors)
+    assert "nearly FLUX.1 in original names, but it lacks vector_in.in_layer.weight" in text
+    assert "vector_in.my_layer.weight" in text
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
