@@ -290,6 +290,7 @@ def rebase_lora(lora: Path, onto: Path, output: Path, overwrite: bool, as_json: 
 
 def _rows(what: str) -> list[dict[str, str]]:
     from dqconvert.converter.families import families
+    from dqconvert.converter.options import runs
     from dqconvert.converter.resolve import embedded
 
     if what == "schemes":
@@ -308,13 +309,17 @@ def _rows(what: str) -> list[dict[str, str]]:
             }
             for t in targets().values()
         ]
-    rows = [{"name": name, "family": "FLUX.1", "where": "embedded"} for name in embedded()]
-    for family in families().values():
-        rows += [
-            {"name": alias, "family": family.title, "where": hub}
-            for alias, hub in family.aliases.items()
-        ]
-    return rows
+    rows = [(name, families()["flux"], "embedded") for name in embedded()]
+    rows += [(alias, one, hub) for one in families().values() for alias, hub in one.aliases.items()]
+    return [
+        {
+            "name": name,
+            "family": one.title,
+            "where": hub,
+            "targets": ", ".join(t.NAME for t in targets().values() if runs(t, one)),
+        }
+        for name, one, hub in rows
+    ]
 
 
 if __name__ == "__main__":

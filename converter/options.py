@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.family import Family
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
@@ -45,12 +46,18 @@ class PlanOptions:
     bits: float | None = None
 
 
+def runs(target: Target, family: Family) -> bool:
+    """Whether a runtime has names for a family, and a word for it where its files say one."""
+    named = family.dialect_of(target.NAME, target.DIALECT) in family.dialects
+    return named and bool(family.architecture or not hasattr(target, "ARCHITECTURE"))
+
+
 def customised(
     target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
 ) -> tuple[Scheme, str]:
     """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
     problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
-    if source.family.dialect_of(target.NAME, target.DIALECT) not in source.family.dialects:
+    if not runs(target, source.family):
         problems.append(f"target {target.NAME} does not run {source.family.title}")
     if problems:
         raise PlanError(problems)
