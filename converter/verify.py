@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +22,13 @@ from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
-from dqconvert.converter.options import KEEP, PlanOptions, is_grouped
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
 from dqconvert.converter.statistics import cache, config_of
 from dqconvert.converter.work import Stats
+from dqconvert.converter.written import options_of, scheme_of
 from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.source import open_source
@@ -38,7 +37,7 @@ from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
 from dqconvert.quantizers.forward import effective_weight, row_blocks, shift_surplus
 from dqconvert.quantizers.lowrank import product
-from dqconvert.quantizers.schemes import scheme, schemes
+from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import BLOCKS, CODES, FLOAT_DTYPES
 from dqconvert.quantizers.tensors import LinearProblem, QuantizedTensor
 
@@ -75,7 +74,7 @@ def verify(out: Path, against: str | None = None) -> Verdict:
     problems += [f"{name}: missing from the file" for name in found.missing()]
     problems += [f"{name}: unexpected" for name in found.unexpected()]
     reports: list[LayerReport] = []
-    name = _scheme_of(found)
+    name = scheme_of(found)
     reference = _Reference(found, name, against) if against and name else None
     if against and not name:
         problems.append(f"{found.path.name}: not compared, since its scheme cannot be told")
@@ -94,22 +93,6 @@ def verify(out: Path, against: str | None = None) -> Verdict:
         problems += _check_kept(found, kept, reference)
     title = f"{found.family.title}, {name} for {found.target.NAME}"
     return Verdict(title, found.target.NAME, name, tuple(reports), tuple(problems))
-
-
-def _scheme_of(found: Reopened) -> str | None:
-    """The scheme that the manifest names if the layers can be of it, else what they look like: of
-    several, that of most layers; None where some are of none.
-    """
-    said = found.manifest.scheme
-    target, forms = found.target.NAME, found.recognized.forms.values()
-    if said in schemes() and recognition.fits(target, str(said), forms):
-        return said
-    if found.recognized.scheme is not None:
-        return found.recognized.scheme
-    if said in schemes():
-        return said
-    each = Counter(recognition.scheme_for(target, [form]) for form in forms)
-    return None if None in each or not each else each.most_common(1)[0][0]
 
 
 def _check(
@@ -159,7 +142,7 @@ class _Reference:
             open_source(model.path), model.path, model.part
         )
         identity = (model.name, config_of(model, self.source))
-        options = _options(found, scheme_name)
+        options = options_of(found, scheme_name)
         plan = partial(make_plan, self.source, found.target, scheme(scheme_name))
         try:
             self.plan: Plan = plan(options, identity)
@@ -253,37 +236,6 @@ def _is_provenance(key: str, target: Target) -> bool:
     if not beginning or not key.startswith(beginning):
         return False
     return key not in getattr(target, "KEYS", ())
-
-
-def _options(found: Reopened, name: str) -> PlanOptions:
-    """The options that a file of that scheme was written with, as its manifest and layers say."""
-    forms = list(found.recognized.forms.values())
-    target, main = found.target.NAME, scheme(name)
-    choices: dict[str, str] = {}
-    for layer in found.layers:
-        own = found.manifest.schemes.get(layer.name) or name
-        mixed = main.better or main.mixes or main.menu
-        if mixed or not recognition.fits(target, own, [layer.form]):
-            own = recognition.scheme_for(target, [layer.form]) or own
-        if own != name:
-            choices |= dict.fromkeys(layer.modules, own)
-    for module in found.unpacked():  # kept, or 16 bit among blocks
-        theirs, _ = found.kept[f"{module}.weight"]
-        own = found.manifest.schemes.get(theirs.removesuffix(".weight"), "")
-        if own or found.manifest.scheme is None:
-            choices[module] = own or KEEP
-    grouped = [form for form in forms if is_grouped(main) and form.spec.tile[0] == 1]
-    group = grouped[0].spec.tile[1] if grouped else None
-    return PlanOptions(
-        rank=found.recognized.rank or None,
-        keep=found.manifest.keep,
-        calibrated=main.calibrated or any(form.input_scale for form in forms),
-        layout=forms[0].layout if forms else None,
-        group_size=None if group == main.weight.tile[1] else group,
-        zero_points=any(form.spec.zero_point for form in forms),
-        choices=choices,
-        settings=found.manifest.settings,
-    )
 
 
 def _plain(found: Reopened, layer: PackedLayer) -> LayerReport:
