@@ -15,9 +15,10 @@ from dqconvert.calibration.prompts import Prompt, read_prompts
 from dqconvert.calibration.settings import CalibrationSettings, Site, stats_key
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.detect import open_canonical
-from dqconvert.converter.family import fill
+from dqconvert.converter.families import families
+from dqconvert.converter.family import Family, fill
 from dqconvert.converter.job import Job, Progress
-from dqconvert.converter.resolve import Model, resolve
+from dqconvert.converter.resolve import Model, read_json, resolve
 from dqconvert.formats.source import open_source
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
 
@@ -97,7 +98,7 @@ def plan_calibration(
         samples=job.calib_samples,
         dtype="float32" if total <= FP32_LIMIT else "bfloat16",
     )
-    sites, pipeline = _sites(source), _pipeline(job, model)
+    sites, pipeline = _sites(source), _pipeline(job, model, family)
 
     config = config_of(model, source)
     fingerprint = _fingerprint(source, pipeline / job.component, config)
@@ -226,8 +227,8 @@ def _sites(source: CanonicalSource) -> tuple[Site, ...]:
     return tuple(Site(name, name) for name in names)
 
 
-def _pipeline(job: Job, model: Model) -> Path:
-    """The folder with the text encoders."""
+def _pipeline(job: Job, model: Model, family: Family) -> Path:
+    """The folder with the text encoders; CalibrationError where it is another family's."""
     folder = resolve(job.pipeline, whole=True).pipeline if job.pipeline else model.pipeline
     if folder is None:
         raise CalibrationError(
@@ -236,6 +237,14 @@ def _pipeline(job: Job, model: Model) -> Path:
         )
     if not (folder / "scheduler").is_dir():
         raise SourceError(f"{folder}: the pipeline has no folder called scheduler")
+    kind = str(read_json(folder / "model_index.json").get("_class_name", ""))
+    own = dict.fromkeys(family.pipelines.values())
+    others = (one for one in families().values() if kind in one.pipelines.values())
+    if own and kind not in own and (other := next(others, None)):
+        raise CalibrationError(
+            f"{folder}: a {kind}, which runs {other.title}; {family.title} runs in "
+            f"{' or '.join(own)}"
+        )
     return folder
 
 
