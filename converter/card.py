@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter.job import Report
 
@@ -10,8 +11,10 @@ if TYPE_CHECKING:
     from dqconvert.converter.prepare import Prepared
 
 
-def render(prepared: Prepared, report: Report) -> str:
-    """The card as Markdown."""
+def render(prepared: Prepared, report: Report, history: Mapping[str, Any]) -> str:
+    """The card as Markdown. history: see manifest.write."""
+    if "transcoded" in history:
+        return _transcoded(prepared, report, history["transcoded"])
     model, plan = prepared.model, prepared.plan
     worst = report.worst
     lines = [
@@ -36,6 +39,31 @@ def render(prepared: Prepared, report: Report) -> str:
         "",
         "Errors are relative Frobenius norms. `dqconvert.json` has the error of every layer, the",
         "options, and the SHA-256 of every file.",
+        "",
+        *(f"Note: {note}." for note in report.notes),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _transcoded(prepared: Prepared, report: Report, made: Mapping[str, Any]) -> str:
+    """The card of a file that holds the codes of another one."""
+    model, plan = prepared.model, prepared.plan
+    lines = [
+        *_front_matter(prepared),
+        f"# {model.name}, {plan.scheme.name} for {plan.target.NAME}",
+        "",
+        f"{prepared.source.family.title}, {plan.scheme.summary}.",
+        f"Target: {plan.target.SUMMARY}.",
+        "",
+        f"Transcoded with dqconvert from `{made['file']}`, a file for {made['target']}: the codes",
+        "of its layers are the same, nothing was quantized again.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| size | {plan.nbytes / 1e6:,.1f} MB |",
+        f"| quantized layers | {len(report.layers)} |",
+        "",
+        "`dqconvert.json` has what is known of the original, and the SHA-256 of every file.",
         "",
         *(f"Note: {note}." for note in report.notes),
     ]

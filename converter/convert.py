@@ -64,7 +64,7 @@ def convert(
         (folder / plan.target.FOLDER).mkdir(exist_ok=True)
         places = {folder / name: tensors for name, tensors in plan.files.items()}
         with FileSet(places, plan.outputs, metadata) as files:
-            for name, tensor in _extras(plan).items():
+            for name, tensor in extra_tensors(plan).items():
                 files.write(name, tensor)
             for reports in _groups(prepared, files, stats, listen):
                 layers += reports
@@ -89,7 +89,7 @@ def _unknown(count: int) -> list[str]:
     return [f"{count} layers are not in the importance matrix: theirs is 1"] if count else []
 
 
-def _extras(plan: Plan) -> Mapping[str, Tensor]:
+def extra_tensors(plan: Plan) -> Mapping[str, Tensor]:
     """Tensors that belong to the file as a whole."""
     make = getattr(plan.target, "extra_tensors", None)  # of some targets only
     found: Mapping[str, Tensor] = make(plan.context) if make else {}

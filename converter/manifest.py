@@ -26,10 +26,17 @@ NAME = MANIFEST
 PACKAGES = ("torch", "safetensors", "diffusers", "transformers")
 
 
-def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[Path, str]) -> Report:
+def write(
+    folder: Path,
+    prepared: Prepared,
+    report: Report,
+    digests: Mapping[Path, str],
+    history: Mapping[str, Any] | None = None,
+) -> Report:
     """Complete an output folder whose weights are there; returns the report with its files.
 
-    digests: SHA-256 of the files that were hashed while they were written.
+    digests: SHA-256 of the files that were hashed while they were written; history: of what is
+    no conversion: entries that replace the manifest's own, or join them where both are objects.
     """
     plan = prepared.plan
     config = plan.target.config(plan.context)
@@ -46,8 +53,12 @@ def write(folder: Path, prepared: Prepared, report: Report, digests: Mapping[Pat
             if path.is_file()
         }
         report = dataclasses.replace(report, files=files)
-        (folder / NAME).write_text(json.dumps(describe(prepared, report), indent=2) + "\n")
-        (folder / "README.md").write_text(card.render(prepared, report))
+        said = describe(prepared, report)
+        for key, value in (history or {}).items():
+            both = isinstance(value, Mapping) and isinstance(said.get(key), Mapping)
+            said[key] = {**said[key], **value} if both else value
+        (folder / NAME).write_text(json.dumps(said, indent=2) + "\n")
+        (folder / "README.md").write_text(card.render(prepared, report, history or {}))
     except OSError as error:
         raise OutputError(f"{prepared.output}: {error.strerror}") from error
     return report
@@ -61,6 +72,7 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
         "dqconvert": version("dqconvert"),
         "source": {
             "model": job.model,
+            "name": prepared.model.name,
             "component": job.component,
             "origin": prepared.model.origin,
             "family": source.family.name,

@@ -189,7 +189,7 @@ def prepare(job: Job) -> Prepared:
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
-    _check_apart(output, [*raw.files, *(one for one in (job.calib, job.imatrix) if one)])
+    check_apart(output, [*raw.files, *(one for one in (job.calib, job.imatrix) if one)])
     lack = () if tokens is not None else (_NO_TOKENIZER,)
     return Prepared(job, model, source, plan, calibration, output, options, lack)
 
@@ -295,7 +295,7 @@ def _provenance(model: Model) -> dict[str, Any]:
     return said
 
 
-def _check_apart(output: Path, inputs: Sequence[Path]) -> None:
+def check_apart(output: Path, inputs: Sequence[Path]) -> None:
     """An output that is replaced must not take what it is made of with it."""
     for path in inputs:
         if path.resolve().is_relative_to(output.resolve()):
