@@ -21,7 +21,7 @@ from dqconvert.converter.family import (
     match,
     viewed,
 )
-from dqconvert.formats.source import Source
+from dqconvert.formats.source import Source, kept_dtypes, notes_of
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -49,8 +49,9 @@ class Origin:
 class CanonicalSource:
     """The transformer of a checkpoint, tensors by canonical name.
 
-    infos: in the file's order; ignored: how many tensors of an all-in-one checkpoint belong to
-    other components.
+    infos: in the file's order, each with the dtype that it has where it stays unquantized; what is
+    read may be wider. ignored: how many tensors of an all-in-one checkpoint belong to other
+    components.
     """
 
     def __init__(
@@ -58,8 +59,14 @@ class CanonicalSource:
     ) -> None:
         self.source, self.family, self.dialect = source, family, dialect
         self.origins = origins
-        self.infos: Infos = {name: _info(source.infos, at) for name, at in origins.items()}
+        kept = kept_dtypes(source)
+        self.infos: Infos = {name: _info(source.infos, kept, at) for name, at in origins.items()}
         self.ignored = len(source.infos) - len({at.tensor for at in origins.values()})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how it is read."""
+        return notes_of(self.source)
 
     @property
     def hidden(self) -> int:
@@ -84,10 +91,10 @@ class CanonicalSource:
 
         infos = [self.infos[name] for name in names]
         start, stop = rows or (0, sum(info.shape[0] for info in infos))
-        if len({info.dtype for info in infos}) > 1 or any(self.origins[n].swap for n in names):
+        dtypes = {self.source.infos[self.origins[name].tensor].dtype for name in names}
+        if len(dtypes) > 1 or any(self.origins[n].swap for n in names):
             return torch.cat([self.read(name) for name in names])[start:stop]
-        dtype = TORCH_DTYPES[infos[0].dtype]
-        whole = torch.empty((stop - start, *infos[0].shape[1:]), dtype=dtype)
+        whole = torch.empty((stop - start, *infos[0].shape[1:]), dtype=TORCH_DTYPES[dtypes.pop()])
         first = 0
         for name, info in zip(names, infos, strict=True):
             last = first + info.shape[0]
@@ -104,6 +111,35 @@ class CanonicalSource:
         """File and tensor that a canonical tensor comes from, for messages."""
         origin = self.origins[name]
         return f"{self.source.where(origin.tensor)}: tensor {origin.tensor}"
+
+
+class DerivedSource(CanonicalSource):
+    """A checkpoint of which some tensors are read otherwise: same names, shapes and dtypes.
+
+    Subclasses change read and stack, and begin with those of inner.
+    """
+
+    def __init__(self, inner: CanonicalSource) -> None:
+        self.inner = inner
+        self.source, self.family, self.dialect = inner.source, inner.family, inner.dialect
+        self.origins, self.infos, self.ignored = inner.origins, inner.infos, inner.ignored
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Those of what it is made of."""
+        return self.inner.notes
+
+    def read(self, name: str) -> Tensor:
+        """A canonical tensor, in fresh memory."""
+        return self.inner.read(name)
+
+    def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
+        """Canonical tensors stacked on rows, or rows start .. stop of the stack, in one piece."""
+        return self.inner.stack(names, rows)
+
+    def where(self, name: str) -> str:
+        """File and tensor that a canonical tensor comes from, for messages."""
+        return self.inner.where(name)
 
 
 def expected(family: Family, names: Iterable[str]) -> tuple[set[str], set[str]]:
@@ -199,8 +235,9 @@ def composed_info(entry: Entry, infos: Sequence[TensorInfo]) -> TensorInfo:
     return replace(infos[0], shape=(rows, *infos[0].shape[1:]))
 
 
-def _info(infos: Infos, origin: Origin) -> TensorInfo:
+def _info(infos: Infos, kept: Mapping[str, str], origin: Origin) -> TensorInfo:
     info = infos[origin.tensor]
+    info = replace(info, dtype=kept.get(origin.tensor, info.dtype))
     if origin.frame is not None:
         return replace(info, shape=(*info.shape[:2], *info.shape[3:]))
     if origin.view is not None:

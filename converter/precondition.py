@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.canonical import CanonicalSource, DerivedSource
 from dqconvert.converter.family import Family, Fold, fill, match
 from dqconvert.quantizers.errors import OutputError, SourceError
 
@@ -160,12 +160,12 @@ class Precondition:
         return found
 
 
-class PreconditionedSource(CanonicalSource):
+class PreconditionedSource(DerivedSource):
     """A checkpoint as if it had been written with the fold: same names, shapes and dtypes."""
 
     def __init__(self, inner: CanonicalSource, precondition: Precondition) -> None:
-        super().__init__(inner.source, inner.family, inner.dialect, inner.origins)
-        self.inner, self.precondition = inner, precondition
+        super().__init__(inner)
+        self.precondition = precondition
 
     def read(self, name: str) -> Tensor:
         """A canonical tensor; fp32 where the fold changes it."""

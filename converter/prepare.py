@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import tokenizers
 from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import Job
+from dqconvert.converter.opening import open_model
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
 from dqconvert.formats.folder import OutputFolder
-from dqconvert.formats.gguf_source import decoded_types
-from dqconvert.formats.source import open_source
-from dqconvert.formats.targets import Target, gguf, recognize, target
-from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
+from dqconvert.formats.targets import Target, gguf, target
+from dqconvert.quantizers.errors import OutputError, PlanError
 from dqconvert.quantizers.ggml import jit
 from dqconvert.quantizers.schemes import scheme
 from dqconvert.quantizers.spec import ALL, CODES, NEEDS_IMPORTANCE, Scheme
@@ -66,15 +64,13 @@ class Prepared:
         """What the user should know of what was decided."""
         found = [*self.found, *_notes_without_calibration(self)]
         found += [*_notes_of_types(self), *_notes_of_blocks(self)]
+        found += self.plan.context.facts.get("notes", ())
         whole = sum(form.full_precision for form in self.plan.context.layers.values())
         if whole and self.calibration is not None:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
-        decoded = decoded_types(self.source.source)
-        if decoded:
-            types = ", ".join(f"{count} {dtype}" for dtype, count in decoded.items())
-            found.append(f"made from quantized weights ({types}): what they lost stays lost")
+        found += self.source.notes
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
@@ -163,14 +159,8 @@ def prepare(job: Job) -> Prepared:
     goal = target(job.target or chosen.targets[0])
     _check_device(job, goal)
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
-    raw = open_source(model.path)
-    already = recognize(raw.infos, raw.metadata, model.config or {})
-    if already and already[0].NAME != gguf.NAME:  # whose blocks are decoded as they are read
-        raise SourceError(
-            f"{model.path}: is already quantized, for {already[0].NAME}; give the original"
-        )
-    source = open_canonical(raw, model.path, model.part)
-    model = _credited(model, raw.metadata)
+    source = open_model(model.path, model.config, model.part)
+    model = _credited(model, source.source.metadata)
     tokens = _tokenizer(model, source, goal)
     calibration = plan_calibration(job, model, source, _learns(job, chosen))
     options = PlanOptions(
@@ -189,7 +179,8 @@ def prepare(job: Job) -> Prepared:
     plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
-    check_apart(output, [*raw.files, *(one for one in (job.calib, job.imatrix) if one)])
+    inputs = source.source.files
+    check_apart(output, [*inputs, *(one for one in (job.calib, job.imatrix) if one)])
     lack = () if tokens is not None else (_NO_TOKENIZER,)
     return Prepared(job, model, source, plan, calibration, output, options, lack)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter.canonical import expected, settled, swap_halves
+from dqconvert.converter.detect import WRAPPERS
 from dqconvert.converter.families import families
 from dqconvert.converter.family import (
     Entry,
@@ -26,12 +27,16 @@ from dqconvert.converter.family import (
 )
 from dqconvert.converter.manifest_reader import read_manifest
 from dqconvert.converter.resolve import read_json
+from dqconvert.formats import comfy_files
 from dqconvert.formats.folder import MANIFEST
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.gguf_source import Decoded, GGUFSource
+from dqconvert.formats.scaled_source import Rescaled
 from dqconvert.formats.source import SafetensorsSource
 from dqconvert.formats.targets import Recognized, Target, recognize, targets
+from dqconvert.formats.unpacking import layer_of
 from dqconvert.quantizers.errors import SourceError
+from dqconvert.quantizers.spec import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +66,9 @@ class PackedLayer:
 class Reopened:
     """A file that one of our targets knows.
 
-    source, target, recognized, family; config: the config.json beside it, {} without; root: the
-    folder of the output; manifest: what dqconvert.json there says.
+    source, target, recognized, family; numbers: the same tensors as what they stand for, layers
+    that the target does not know among them; config: the config.json beside it, {} without; root:
+    the folder of the output; manifest: what dqconvert.json there says.
     """
 
     def __init__(
@@ -74,8 +80,10 @@ class Reopened:
         config: Mapping[str, Any],
     ) -> None:
         self.source, self.target = source, target
-        self._numbers = Decoded(source) if isinstance(source, GGUFSource) else source
-        self.family = family
+        self.numbers: Decoded | Rescaled = (
+            Decoded(source) if isinstance(source, GGUFSource) else Rescaled(source)
+        )
+        self.family, self.recognized = family, recognized
         forms = {name: f for name, f in recognized.forms.items() if self._is_linear(name, f)}
         self.recognized = replace(recognized, forms=forms)
         self.config = config
@@ -88,7 +96,9 @@ class Reopened:
     @property
     def dialect(self) -> str:
         """The naming that the target writes this family in."""
-        return self.family.dialect_of(self.target.NAME, self.target.DIALECT)
+        layout = next((form.layout for form in self.recognized.forms.values()), "")
+        usual = self.family.dialect_of(self.target.NAME, self.target.DIALECT)
+        return self.family.layout_dialect(usual, layout)
 
     @property
     def table(self) -> tuple[Entry, ...]:
@@ -110,7 +120,7 @@ class Reopened:
                 table.setdefault(leaf.theirs, []).append(leaf)
         found: dict[str, tuple[str, Entry]] = {}
         for name in self.source.infos:
-            if _layer_of(name) in packed or name in self.recognized.extras:
+            if layer_of(name) in packed or name in self.recognized.extras:
                 continue
             rows = [
                 (leaf, index)
@@ -174,13 +184,41 @@ class Reopened:
             named.append(f"{key}: is {said!r}; readers call this model {usual!r}")
         return [*self.recognized.problems, *named]
 
+    def unreadable(self) -> list[str]:
+        """What leaves in doubt what the weights are, and what is missing of them."""
+        fatal = getattr(self.target, "fatal", None)  # of targets whose readers want more than we do
+        if fatal:
+            found = [*fatal(self.source.infos, self.recognized.forms)]
+        else:
+            loading = set(self.recognized.loading)
+            found = [line for line in self.recognized.problems if line not in loading]
+        return found + [f"{name}: missing" for name in self.missing()]
+
+    def info_of(self, name: str) -> TensorInfo:
+        """What an unquantized canonical tensor is where it stays so."""
+        theirs, _ = self.kept[name]
+        read = self.numbers.infos[theirs]
+        return TensorInfo(self.numbers.kept.get(theirs, read.dtype), self._shape_of(name))
+
+    def _shape_of(self, name: str) -> tuple[int, ...]:
+        theirs, leaf = self.kept[name]
+        shape = self.source.infos[theirs].shape
+        if leaf.view is not None:
+            return viewed(shape, leaf.view[1])
+        if len(leaf.ours) == 1:
+            return shape
+        if leaf.frames:
+            return (*shape[:2], *shape[3:])
+        start, stop = self._rows_of(name)
+        return (stop - start, *shape[1:])
+
     def unpack(self, layer: PackedLayer) -> QuantizedTensor:
         """The logical result of a layer, from its bytes."""
         prefix = f"{layer.name}."
         tensors = {
             name.removeprefix(prefix): self.source.read(name)
             for name in self.source.infos
-            if _layer_of(name) == layer.name
+            if layer_of(name) == layer.name
         }
         return self.target.unpack(layer.form, tensors)
 
@@ -188,17 +226,29 @@ class Reopened:
         """An unquantized canonical tensor; SourceError where the file's has no room for it."""
         theirs, leaf = self.kept[name]
         if len(leaf.ours) == 1:
-            tensor = self._numbers.read(theirs)
+            tensor = self.numbers.read(theirs)
             leaf = settled(leaf, match(leaf.ours[0], name) or "", self.names())
             if leaf.view is not None:
                 return tensor.reshape(viewed(tensor.shape, leaf.view[1]))
             return swap_halves(tensor) if leaf.swap else tensor
+        if leaf.frames:
+            return self.numbers.read(theirs)[:, :, self._place_of(name)].clone()
+        return self.numbers.read(theirs, self._rows_of(name))
+
+    def _rows_of(self, name: str) -> tuple[int, int]:
+        """The rows of the file's tensor that a stacked unquantized one is."""
+        theirs, leaf = self.kept[name]
         shape = self.source.infos[theirs].shape
-        place = next(i for i, ours in enumerate(leaf.ours) if match(ours, name) is not None)
-        start, stop = stacked_rows(leaf, place, self.hidden, shape[0] if shape else 0)
-        if not shape or not start < stop <= shape[0]:
+        place, total = self._place_of(name), shape[0] if shape else 0
+        start, stop = stacked_rows(leaf, place, self.hidden, total)
+        if not start < stop <= total:
             raise SourceError(f"{theirs}: found {list(shape)}, too few rows to hold {name}")
-        return self._numbers.read(theirs, (start, stop))
+        return start, stop
+
+    def _place_of(self, name: str) -> int:
+        """Which of the tensors that make one of the file's an unquantized one is."""
+        ours = self.kept[name][1].ours
+        return next(i for i, one in enumerate(ours) if match(one, name) is not None)
 
     def _is_linear(self, name: str, form: PackedForm) -> bool:
         """Whether a layer is a linear of a block; of GGUF, where anything may be 16 bit or, in
@@ -229,15 +279,20 @@ def reopen(path: Path) -> Reopened:
 
     Raises SourceError if it is none that a target knows, or of no known family.
     """
-    source, config = _source(path)
-    known = recognize(source.infos, source.metadata, config)
-    if known is None:
+    sources, config = _sources(path)
+    known = [
+        (source, found)
+        for source in sources
+        if (found := recognize(source.infos, _said(source, sources[0]), config)) is not None
+    ]
+    if not known:
         raise SourceError(f"{path}: not a quantized checkpoint that is known")
-    target, recognized = known
+    target, _ = known[0][1]
     known_families = [
-        Reopened(source, target, recognized, family, config)
+        Reopened(source, goal, recognized, family, config)
+        for source, (goal, recognized) in known
         for family in families().values()
-        if family.dialect_of(target.NAME, target.DIALECT) in family.dialects
+        if family.dialect_of(goal.NAME, goal.DIALECT) in family.dialects
     ]
     best = max(known_families, key=Reopened.likeness)
     if best.family.hidden in best.kept and best.layers:
@@ -250,10 +305,12 @@ def reopen(path: Path) -> Reopened:
     raise SourceError(f"{path}: a {target.NAME} file of no known family")
 
 
-def _layer_of(name: str) -> str:
-    """The module of a tensor, also where its weight has parts: <layer>.weight.absmax."""
-    layer, parted, _ = name.partition(".weight.")
-    return layer if parted else name.rpartition(".")[0]
+def _said(source: RawSource, whole: RawSource) -> Mapping[str, Any]:
+    """What the metadata say of the part of an all-in-one checkpoint that is looked at."""
+    if source is whole:
+        return source.metadata
+    others = whole.infos.keys() - {f"{source.prefix}{name}" for name in source.infos}
+    return comfy_files.within(source.metadata, others)
 
 
 def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
@@ -264,7 +321,8 @@ def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:
     return Entry(f"{name}.*", (f"{name}.*",)), ""
 
 
-def _source(path: Path) -> tuple[RawSource, Mapping[str, Any]]:
+def _sources(path: Path) -> tuple[list[RawSource], Mapping[str, Any]]:
+    """A file, or the files of a folder, read whole and behind every prefix that names have."""
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     places = (
@@ -280,9 +338,12 @@ def _source(path: Path) -> tuple[RawSource, Mapping[str, Any]]:
     if kind is GGUFSource and len(files) > 1:
         names = ", ".join(file.name for file in files)
         raise SourceError(f"{path}: holds several checkpoints ({names}); name one of them")
-    source: RawSource = kind(files)
-    prefixes = [prefix for family in families().values() for prefix in family.prefixes]
-    for prefix in dict.fromkeys(prefixes):
-        if any(name.startswith(prefix) for name in source.infos):
-            source = kind(files, prefix)
-    return source, read_json(config) if config.exists() else {}
+    whole: RawSource = kind(files)
+    own = (prefix for family in families().values() for prefix in family.prefixes)
+    behind = [
+        prefix
+        for prefix in dict.fromkeys((*own, *WRAPPERS))
+        if prefix and any(name.startswith(prefix) for name in whole.infos)
+    ]
+    said = read_json(config) if config.exists() else {}
+    return [whole, *(kind(files, prefix) for prefix in behind)], said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 from dqconvert.calibration.prompts import Prompt, read_prompts
 from dqconvert.calibration.settings import CalibrationSettings, Site, stats_key
 from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Family, fill
 from dqconvert.converter.job import Job, Progress
+from dqconvert.converter.opening import open_model
 from dqconvert.converter.resolve import Model, read_json, resolve
-from dqconvert.formats.source import open_source
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
 
 if TYPE_CHECKING:
@@ -38,6 +38,10 @@ STEPS = 12
 
 FP32_LIMIT = 4 << 30
 """Transformers with more bytes than this calibrate in bf16: fp32 would double them."""
+
+
+_PACKED = re.compile(r"quantization_config|mm_config|\w+_quantized|\w+_quant_scheme")
+"""Keys of a config.json that say how its weights are packed, and nothing of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +145,7 @@ def calibrate(job: Job, listen: Callable[[Progress], None], imatrix: Path | None
     if imatrix is not None:
         importance.check(imatrix)
     model = resolve(job.model, whole=True, component=job.component)
-    source = open_canonical(open_source(model.path), model.path)
+    source = open_model(model.path, model.config)
     calibration = plan_calibration(job, model, source)
     assert calibration is not None
     stats = statistics(calibration, model, source, listen)
@@ -165,7 +169,8 @@ def config_of(model: Model, source: CanonicalSource) -> dict[str, Any]:
     config.json leaves out what was a default when it was written (FLUX.1's has no axes). Raises
     SourceError where a count or a width in it is not that of the tensors.
     """
-    implied, said = source.family.config_of(source.infos), model.config or {}
+    implied = source.family.config_of(source.infos)
+    said = {key: v for key, v in (model.config or {}).items() if not _PACKED.match(key)}
     for key, value in implied.items():
         if key in source.family.assumed:
             continue

@@ -19,9 +19,9 @@ import torch
 
 from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
+from dqconvert.converter.opening import open_model
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
@@ -31,7 +31,6 @@ from dqconvert.converter.work import Stats
 from dqconvert.converter.written import options_of, scheme_of
 from dqconvert.formats import recognition
 from dqconvert.formats.form import PackedForm
-from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers import recipe
 from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
@@ -138,9 +137,7 @@ class _Reference:
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
         model = resolve(model_name, component=found.manifest.component)
-        self.source: CanonicalSource = open_canonical(
-            open_source(model.path), model.path, model.part
-        )
+        self.source: CanonicalSource = open_model(model.path, model.config, model.part)
         identity = (model.name, config_of(model, self.source))
         options = options_of(found, scheme_name)
         plan = partial(make_plan, self.source, found.target, scheme(scheme_name))

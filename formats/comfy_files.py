@@ -6,7 +6,8 @@ refuses is one, and what it loads without a word and computes wrongly is one abo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -52,11 +53,15 @@ BYTES = ({"U8", "F8_E8M0"}, {"U8", "F8_E4M3"})
 
 @dataclass(slots=True)
 class ComfyFile:
-    """The layers of a file, the tensors that belong to all of them, and what is wrong with it."""
+    """The layers of a file, the tensors that belong to all of them, and what is wrong with it.
+
+    loading: what ComfyUI alone has against it.
+    """
 
     forms: dict[str, PackedForm] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     problems: list[str] = field(default_factory=list)
+    loading: list[str] = field(default_factory=list)
 
 
 def read(infos: Infos, metadata: Mapping[str, str]) -> ComfyFile | None:
@@ -73,9 +78,20 @@ def read(infos: Infos, metadata: Mapping[str, str]) -> ComfyFile | None:
         _layer(layer, infos, (said, layout), found)
     if older and ENTRIES not in metadata:
         _legacy(infos, infos[older].numel == 2, found)
-    found.problems += _unsaid(infos, {*entries, *marked, *found.forms})
-    found.problems += _misplaced(found.forms)
-    return found if found.forms or found.problems else None
+    found.loading += _unsaid(infos, {*entries, *marked, *found.forms})
+    found.loading += _misplaced(found.forms)
+    return found if found.forms or found.problems or found.loading else None
+
+
+def within(metadata: Mapping[str, Any], others: Collection[str]) -> Mapping[str, Any]:
+    """The metadata without entries for layers whose weights are among these tensors."""
+    header = json_object(metadata.get(ENTRIES))
+    layers = (header or {}).get("layers")
+    if header is None or not isinstance(layers, dict):
+        return metadata
+    own = {name: said for name, said in layers.items() if f"{name}.weight" not in others}
+    rest = {key: value for key, value in metadata.items() if key != ENTRIES}
+    return {**rest, ENTRIES: json.dumps({**header, "layers": own})} if own else rest
 
 
 def _unsaid(infos: Infos, said: set[str]) -> Iterator[str]:

@@ -30,7 +30,7 @@ class Container:
     """
 
     def __init__(self, files: tuple[Path, ...], prefix: str = "") -> None:
-        self.files, self._prefix = files, prefix
+        self.files, self.prefix = files, prefix
         self._headers = {path: self.header(path) for path in files}
         self._file_of: dict[str, Path] = {}
         for path, head in self._headers.items():
@@ -48,11 +48,16 @@ class Container:
     def infos(self) -> Mapping[str, TensorInfo]:
         """What the headers say, in file order."""
         return {
-            name.removeprefix(self._prefix): extent.info
+            name.removeprefix(self.prefix): extent.info
             for head in self._headers.values()
             for name, extent in head.extents.items()
-            if name.startswith(self._prefix)
+            if name.startswith(self.prefix)
         }
+
+    @property
+    def outside(self) -> int:
+        """How many tensors lack the prefix."""
+        return len(self._file_of) - len(self.infos)
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -61,7 +66,7 @@ class Container:
 
     def where(self, name: str) -> Path:
         """The file that holds a tensor."""
-        return self._file_of[self._prefix + name]
+        return self._file_of[self.prefix + name]
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor as it is stored, or its rows start .. stop, in fresh memory.
@@ -83,7 +88,7 @@ class Container:
         import torch
 
         path = self.where(name)
-        extent = self._headers[path].extents[self._prefix + name]
+        extent = self._headers[path].extents[self.prefix + name]
         stored = extent.info.stored
         start = 0 if rows is None else rows[0]
         row = stored.nbytes // max(stored.shape[0] if stored.shape else 1, 1)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+LOST = "made from quantized weights"
+
+
 class GGUFSource(Container):
     """GGUF files as one checkpoint; see Container.
 
@@ -43,6 +46,18 @@ class Decoded:
             name: TensorInfo("F32", info.shape) if info.dtype in BLOCKS else info
             for name, info in self.source.infos.items()
         }
+
+    @cached_property
+    def kept(self) -> Mapping[str, str]:
+        """What decoded tensors are worth where they stay unquantized: no format has more digits."""
+        return {n: "BF16" for n, info in self.source.infos.items() if info.dtype in BLOCKS}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That the weights were quantized before, and as what."""
+        found = decoded_types(self)
+        types = ", ".join(f"{count} {dtype}" for dtype, count in found.items())
+        return (f"{LOST} ({types}): what they lost stays lost",) if found else ()
 
     @property
     def metadata(self) -> Mapping[str, Any]:

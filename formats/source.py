@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dqconvert.formats import header
 from dqconvert.formats.container import Container
 from dqconvert.formats.gguf_source import Decoded, GGUFSource
+from dqconvert.formats.pickle_source import ENDINGS as PICKLES
+from dqconvert.formats.pickle_source import PickleSource
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -18,13 +20,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
+BIN_INDEX = ".bin.index.json"
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
+_VARIANT = re.compile(r"\.(fp16|fp32|bf16|fp8|non_ema)(?=[.-])")
 GGUF_SUFFIX = ".gguf"
-_OTHER_FORMATS = {".pt", ".pth", ".ckpt", ".bin", ".sft"}
 
 
 class Source(Protocol):
-    """A checkpoint: what it holds, and how to read it."""
+    """A checkpoint: what it holds, and how to read it.
+
+    Sources that decode also have kept, {name: dtype that a tensor has where it stays unquantized},
+    and notes for the user: see kept_dtypes and notes_of.
+    """
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]: ...
@@ -57,35 +64,54 @@ class SafetensorsSource(Container):
         return header.read(path)
 
 
+def kept_dtypes(source: Source) -> Mapping[str, str]:
+    """The dtype that decoded tensors have where they stay unquantized; read() may be wider."""
+    found: Mapping[str, str] = getattr(source, "kept", {})
+    return found
+
+
+def notes_of(source: Source) -> tuple[str, ...]:
+    """What the user should know of how a checkpoint is read."""
+    found: tuple[str, ...] = getattr(source, "notes", ())
+    return found
+
+
 def open_source(path: Path) -> Source:
-    """The checkpoint at a path: a safetensors or GGUF file, an index, or a folder of these.
+    """The checkpoint at a path: a safetensors, GGUF or torch file, an index, or a folder of these.
 
     GGUF is decoded. Raises SourceError that names what is missing.
     """
     if path.is_dir():
         files = _files_in(path)
-    elif path.name.endswith(INDEX_SUFFIX):
+    elif path.name.endswith((INDEX_SUFFIX, BIN_INDEX)):
         files = _indexed(path)
-    elif path.suffix in _OTHER_FORMATS:
-        raise SourceError(
-            f"{path}: {path.suffix} files cannot be read; give a .safetensors or .gguf file"
-        )
     elif not path.exists():
         raise SourceError(f"{path}: no such file")
     else:
         files = (path,)
+    return _opened(files)
+
+
+def _opened(files: tuple[Path, ...]) -> Source:
     if any(file.suffix == GGUF_SUFFIX for file in files):
         return Decoded(GGUFSource(files))
+    if any(file.suffix in PICKLES for file in files):
+        return PickleSource(files)
     return SafetensorsSource(files)
 
 
 def _files_in(folder: Path) -> tuple[Path, ...]:
-    """The files of a folder that holds one checkpoint."""
-    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    """The files of a folder that holds one checkpoint: torch files only where there is no other."""
+    indexes = _plain(folder.glob("*.safetensors.index*.json"))
     blocks = sorted(folder.glob(f"*{GGUF_SUFFIX}"))
     if len(indexes) == 1 and not blocks:
         return _indexed(indexes[0])
-    found = sorted(folder.glob("*.safetensors"))
+    found = _plain(folder.glob("*.safetensors"))
+    if not (indexes or found or blocks):
+        indexes = _plain(folder.glob(f"*{BIN_INDEX}"))
+        found = _plain(path for end in PICKLES for path in folder.glob(f"*{end}"))
+        if len(indexes) == 1:
+            return _indexed(indexes[0])
     sets = {_SHARD.sub(r" of \2", path.name) for path in found}
     if len(sets) == 1 and _SHARD.search(found[0].name) and not blocks:
         return _complete(folder, found)
@@ -98,6 +124,14 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     raise SourceError(f"{folder}: holds several checkpoints ({names}); name one of them")
 
 
+def _plain(paths: Iterable[Path]) -> list[Path]:
+    """Files by name, without the variants (x.fp16.safetensors) of sets that are there as well."""
+    found = sorted(paths)
+    sets = {path: _SHARD.sub(".safetensors", _VARIANT.sub("", path.name)) for path in found}
+    plain = {name for path, name in sets.items() if not _VARIANT.search(path.name)}
+    return [path for path in found if not _VARIANT.search(path.name) or sets[path] not in plain]
+
+
 def _indexed(index: Path) -> tuple[Path, ...]:
     """The shards that an index names; SourceError lists those that are missing."""
     try:
@@ -107,8 +141,8 @@ def _indexed(index: Path) -> tuple[Path, ...]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SourceError(f"{index}: not a safetensors index ({error})") from error
     _all_there(index, files)
-    source = SafetensorsSource(files)
-    lost = [name for name in weight_map if name not in source.infos]
+    held = _opened(files).infos
+    lost = [name for name in weight_map if name not in held]
     if lost:
         raise SourceError(f"{index}: names {lost[0]}, which is in none of its shards")
     return files

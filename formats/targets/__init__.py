@@ -65,7 +65,8 @@ class Recognized:
     """A file that a target wrote: its packed layers by name, and what it says of itself.
 
     forms lack what only the family knows (splits, shift, parts): the converter adds them.
-    problems: what is wrong with the file, one line each, naming the tensor. extras: tensors that
+    problems: what is wrong with the file, one line each, naming the tensor; loading: those of them
+    that are the runtime's alone, and leave no doubt what the weights are. extras: tensors that
     belong to the file as a whole.
     """
 
@@ -74,6 +75,7 @@ class Recognized:
     forms: Mapping[str, PackedForm]
     problems: tuple[str, ...] = field(default=())
     extras: tuple[str, ...] = ()
+    loading: tuple[str, ...] = ()
 
 
 class Target(Protocol):

@@ -219,8 +219,9 @@ def recognize(
         scheme=scheme_for(NAME, found.forms.values()),
         rank=0,
         forms=found.forms,
-        problems=tuple(found.problems),
+        problems=(*found.problems, *found.loading),
         extras=found.extras,
+        loading=tuple(found.loading),
     )
 
 

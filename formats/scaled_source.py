@@ -1,0 +1,173 @@
+"""8-bit weights of anybody, read as what they stand for: casts, and codes with scales beside them.
+
+    <layer>.weight    F8_E4M3, F8_E5M2 [N, ...]     the values themselves where no scale is there
+    <layer>.weight    F8_E4M3, F8_E5M2, I8 [N, ...] times a scale of any of these names:
+        scale_weight        Kijai, Comfy-Org        [] or [1], or one for each row
+        weight_scale        vLLM, LightX2V, NVIDIA  [], [1], [N], [N, 1], or one for each block
+        weight_scale_inv    DeepSeek, SGLang        the same, multiplied with despite its name
+    scaled_fp8, <layer>.scale_input, input_scale    say nothing of the weights
+
+Rows are read one by one, so that no weight is in memory as a whole. Torch-free until read.
+
+Source: ComfyUI comfy/utils.py (convert_old_quants); ComfyUI-WanVideoWrapper fp8_optimization.py;
+vllm model_executor/layers/quantization/fp8.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.formats.gguf_source import LOST
+from dqconvert.formats.source import Source, kept_dtypes, notes_of
+from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+UNREAD = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
+"""Tensors, or ends of names, that say nothing of the weights."""
+
+CASTS = ("F8_E4M3", "F8_E5M2")
+BLOCKS = (16, 32, 64, 128, 256)
+"""Sides of blocks that may be cut off at the end."""
+
+
+class Rescaled:
+    """A checkpoint whose 8-bit tensors are multiplied with their scales, or widened.
+
+    Products are read in F32 and kept in BF16; casts are BF16, which holds each of their values.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._scales = {
+            name: scale
+            for name, info in source.infos.items()
+            if info.dtype in (*CASTS, "I8") and (scale := _scale(name, source.infos))
+        }
+
+    @cached_property
+    def infos(self) -> Mapping[str, TensorInfo]:
+        """What is read, without the scales."""
+        used = {*self._scales.values()}
+        return {
+            name: TensorInfo(self._dtype(name, info), info.shape)
+            for name, info in self.source.infos.items()
+            if name not in used and name.rpartition(".")[2] not in UNREAD
+        }
+
+    def _dtype(self, name: str, info: TensorInfo) -> str:
+        if name in self._scales:
+            return "F32"
+        return "BF16" if info.dtype in CASTS else info.dtype
+
+    @property
+    def kept(self) -> Mapping[str, str]:
+        """Codes and scales have no more than 16 bits to give."""
+        return {**kept_dtypes(self.source), **dict.fromkeys(self._scales, "BF16")}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """That the weights were quantized before, and as what."""
+        infos = self.source.infos
+        found = Counter(infos[name].dtype for name in self._scales)
+        casts = Counter(
+            info.dtype for n, info in infos.items() if n in self.infos and n not in self._scales
+        )
+        types = [f"{count} {dtype} with scales" for dtype, count in found.items()]
+        types += [f"{casts[dtype]} {dtype} without scales" for dtype in CASTS if casts[dtype]]
+        lost = (f"{LOST} ({', '.join(types)}): what they lost stays lost",) if types else ()
+        return (*notes_of(self.source), *lost)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The first file's metadata."""
+        return self.source.metadata
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files read."""
+        return self.source.files
+
+    def where(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.source.where(name)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""
+        tensor = self.source.read(name, rows)
+        info = self.source.infos[name]
+        if name not in self._scales:
+            return tensor.bfloat16() if info.dtype in CASTS else tensor
+        start = rows[0] if rows else 0
+        scale = self.source.read(self._scales[name]).float()
+        return _scaled(tensor.float(), scale, (start, info.shape))
+
+    def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
+        """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
+        if self.infos[name] == self.source.infos[name]:
+            self.source.fill(name, out, rows)
+        else:
+            out.copy_(self.read(name, rows))
+
+
+def has_bytes(source: Source) -> bool:
+    """Whether a checkpoint has weights that Rescaled reads."""
+    infos = source.infos
+    return any(
+        info.dtype in CASTS or (info.dtype == "I8" and _scale(name, infos))
+        for name, info in infos.items()
+        if not name.endswith(UNREAD)
+    )
+
+
+def _scale(name: str, infos: Mapping[str, TensorInfo]) -> str:
+    """The tensor with the scales of a weight, "" where it has none that fit it."""
+    layer, _, leaf = name.rpartition(".")
+    if leaf != "weight":
+        return ""
+    shape = infos[name].shape
+    names = (f"{layer}.{suffix}" for suffix in SCALES)
+    found = (one for one in names if one in infos and infos[one].dtype in FLOAT_DTYPES)
+    return next((one for one in found if _block(infos[one].shape, shape)), "")
+
+
+def _block(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Rows and columns of a weight that share a scale, None where shapes do not fit."""
+    if scale in ((), (1,)) or all(n == 1 for n in scale):
+        return shape[0], -1
+    if scale == shape[:1] or (scale[0] == shape[0] and all(n == 1 for n in scale[1:])):
+        return 1, -1
+    if len(scale) != 2 or len(shape) != 2:
+        return None
+    sides = [_side(count, size) for count, size in zip(scale, shape, strict=True)]
+    return (sides[0], sides[1]) if all(sides) else None
+
+
+def _side(count: int, size: int) -> int:
+    """How many of size share one of count scales, 0 where nothing fits."""
+    if count and size % count == 0:
+        return size // count
+    return next((side for side in BLOCKS if -(-size // side) == count), 0)
+
+
+def _scaled(part: Tensor, scale: Tensor, place: tuple[int, tuple[int, ...]]) -> Tensor:
+    """Rows of a weight [n, ...] fp32 times their scales. place: the first row, the whole shape."""
+    import torch
+
+    start, shape = place
+    block = _block(tuple(scale.shape), shape)
+    assert block is not None
+    rows, columns = block
+    if scale.numel() == 1:
+        return part.mul_(scale.reshape(()))
+    if columns < 0:
+        own = scale.reshape(-1)[start : start + len(part)]
+        return part.mul_(own.reshape(-1, *[1] * (part.ndim - 1)))
+    index = torch.arange(start, start + len(part)) // rows
+    return part.mul_(scale[index].repeat_interleave(columns, dim=1)[:, : part.shape[1]])
