@@ -238,6 +238,26 @@ def dequantize(out: Path, output: Path, overwrite: bool, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("out", type=PATH)
+@click.option("--target", metavar="NAME", required=True, help="See `dqconvert list targets`.")
+@click.option("--layout", metavar="NAME", help="One of the target's; see `list layouts`.")
+@click.option("-o", "--output", type=PATH, metavar="DIR", help="Default: ./MODEL-SCHEME-TARGET")
+@click.option("--dequantize-kept", is_flag=True, help="16 bit for what the target keeps so.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest on stdout.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors only.")
+@reported
+def transcode(as_json: bool, quiet: bool, **words: Any) -> None:
+    """Write OUT in another target's layout, without quantizing again."""
+    from dqconvert.converter.transcode import Transcoding
+    from dqconvert.converter.transcode import transcode as write
+
+    wish = Transcoding(**words)
+    path, notes = show.with_progress(lambda listen: write(wish, listen), quiet or as_json)
+    show.folder(path, notes, as_json, quiet)
+
+
+@main.command()
 @click.argument("model")
 @click.option(
     "--component", type=click.Choice(["transformer", "transformer_2"]), default="transformer"

@@ -118,6 +118,17 @@ def made(path: Path, as_json: bool) -> None:
     click.echo(json.dumps({"file": str(path)}) if as_json else str(path))
 
 
+def folder(path: Path, notes: Iterable[str], as_json: bool, quiet: bool) -> None:
+    """The folder that a command made, or its manifest, and what the user should know of it."""
+    from dqconvert.converter import manifest
+    from dqconvert.converter.resolve import read_json
+
+    if as_json:
+        click.echo(json.dumps(read_json(path / manifest.NAME)))
+    elif not quiet:
+        click.echo("\n".join([str(path), *(f"  note: {note}" for note in notes)]))
+
+
 def inspection(found: Inspection, as_json: bool) -> None:
     """What a checkpoint is."""
     if as_json:

@@ -1,0 +1,118 @@
+"""A quantized file under canonical names, its linears cut and joined as another layout has them.
+
+Nothing is rounded here: codes, scales and branches go from one layer to another as they are, and
+what has no exact place in the other layout is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.family import stacked_rows
+from dqconvert.converter.plan import LayerPlan
+from dqconvert.converter.reopen import PackedLayer, Reopened
+from dqconvert.quantizers.spec import TensorInfo
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dqconvert.quantizers.tensors import QuantizedTensor
+
+AT_HAND = 3
+"""Layers of the file that are remembered: q, k and v may come from one, or be fused from three."""
+
+
+class PackedSource(CanonicalSource):
+    """What a plan needs of a quantized file, and its linears by canonical name.
+
+    pieces: the packed layers of each canonical linear, in the order of their columns, and which of
+    the layer's linears it is. Packed linears count as BF16, which they are read as.
+    """
+
+    def __init__(self, found: Reopened) -> None:
+        self.found = found
+        super().__init__(found.source, found.family, found.manifest.dialect, {})
+        self.ignored = 0
+        self.pieces: dict[str, list[tuple[PackedLayer, int]]] = {}
+        for layer in found.layers:
+            for place, module in enumerate(layer.modules):
+                self.pieces.setdefault(module, []).append((layer, place))
+        for pieces in self.pieces.values():
+            pieces.sort(key=_start)
+        read = found.numbers.infos  # the rest are words on how others are packed
+        lost = {name for name, (theirs, _) in found.kept.items() if theirs not in read}
+        self.infos: Mapping[str, TensorInfo] = {
+            name: self._info(name) for name in sorted(found.names() - lost)
+        }
+        self._last: dict[str, QuantizedTensor] = {}
+
+    def layer(self, planned: LayerPlan) -> QuantizedTensor:
+        """The logical result of a layer of another layout. ValueError where there is none."""
+        from dqconvert.quantizers import slicing
+
+        q = slicing.join_rows([self.linear(module) for module in planned.modules])
+        if planned.columns is not None:
+            bias = q.bias if planned.carries_bias else None
+            q = replace(slicing.columns(q, *planned.columns), bias=bias)
+        return q
+
+    def linear(self, module: str) -> QuantizedTensor:
+        """A canonical linear behind an input without shift, from all layers that hold parts."""
+        from dqconvert.quantizers import slicing
+
+        return slicing.join_columns(self._parts(module))
+
+    def read(self, name: str) -> Tensor:
+        """A canonical tensor; dequantized in bf16 where it is packed."""
+        import torch
+
+        from dqconvert.quantizers.forward import effective_weight
+
+        module, _, leaf = name.rpartition(".")
+        if module not in self.pieces:
+            return self.found.read_kept(name)
+        parts = self._parts(module)
+        if leaf == "weight":
+            return torch.cat([effective_weight(part) for part in parts], 1).bfloat16()
+        biases = [part.bias.float() for part in parts if part.bias is not None]
+        whole = sum(biases, start=torch.zeros(len(parts[0].codes)))
+        return whole.bfloat16()
+
+    def _parts(self, module: str) -> list[QuantizedTensor]:
+        from dqconvert.quantizers import slicing
+
+        found = []
+        for layer, place in self.pieces[module]:
+            q = slicing.shifted(self._unpacked(layer), 0.0)
+            found.append(slicing.rows(q, *self._rows(layer, place)))
+        return found
+
+    def _unpacked(self, layer: PackedLayer) -> QuantizedTensor:
+        if layer.name not in self._last:
+            while len(self._last) >= AT_HAND:
+                del self._last[next(iter(self._last))]
+            self._last[layer.name] = self.found.unpack(layer)
+        return self._last[layer.name]
+
+    def _rows(self, layer: PackedLayer, place: int) -> tuple[int, int]:
+        return stacked_rows(layer.entry, place, self.found.hidden, layer.form.shape[0])
+
+    def _info(self, name: str) -> TensorInfo:
+        module, _, leaf = name.rpartition(".")
+        if module in self.pieces:
+            layer, place = self.pieces[module][0]
+            start, stop = self._rows(layer, place)
+            if leaf == "bias":
+                return TensorInfo(layer.form.bias_dtype, (stop - start,))
+            width = sum(piece.form.shape[1] for piece, _ in self.pieces[module])
+            return TensorInfo("BF16", (stop - start, width))
+        return self.found.info_of(name)
+
+
+def _start(piece: tuple[PackedLayer, int]) -> bool:
+    """Whether a piece of a split linear begins after its first column."""
+    columns = piece[0].entry.columns
+    return columns is not None and columns[0] != 0
