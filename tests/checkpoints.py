@@ -92,7 +92,6 @@ def flux_config(**changes: Any) -> dict[str, Any]:
 SCHNELL = {"guidance_embeds": False}
 SMALL = {"num_layers": 2, "num_single_layers": 3, "num_attention_heads": 2}
 NARROW = SMALL | {"attention_head_dim": 64, "axes_dims_rope": (8, 28, 28)}
-FILL = SMALL | {"in_channels": 384, "out_channels": 64}
 _CONFIGS = runpy.run_path(str(HERE / "configs.py"))
 FAMILY_MODELS = {
     path.stem: runpy.run_path(str(path)) for path in sorted((HERE / "models").glob("*.py"))
@@ -102,19 +101,8 @@ MODELS: dict[str, tuple[dict[str, Any], ...]] = _CONFIGS["CONFIGS"] | {
     name: known["CONFIGS"] for name, known in FAMILY_MODELS.items()
 }
 ENCODERS, encoder_tensors = _CONFIGS["ENCODERS"], _CONFIGS["encoder_tensors"]
-CONFIGS = {
-    "flux": (
-        flux_config(**SMALL),
-        flux_config(**SMALL, **SCHNELL),
-        flux_config(**SMALL | {"num_attention_heads": 4, "num_layers": 1}),
-        flux_config(**NARROW, **SCHNELL),
-        flux_config(**FILL),
-        flux_config(),
-        flux_config(**SCHNELL),
-    ),
-    **MODELS,
-}
-"""Configs to try for each family; the last ones are real models."""
+CONFIGS = MODELS
+"""Configs to try for each family."""
 
 
 def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -131,8 +119,8 @@ def meta_model(config: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16) -
 
 def small(config: Mapping[str, Any]) -> bool:
     """Whether a config is none of a real model."""
-    layers = ("num_layers", "n_layers", "num_hidden_layers", "depth")
-    return min(config[key] for key in layers if key in config) < 19
+    layers = ("num_layers", "n_layers", "num_hidden_layers", "depth", "layers_per_block")
+    return min((config[key] for key in layers if key in config), default=0) < 19
 
 
 def build_model(config: Mapping[str, Any]) -> Any:

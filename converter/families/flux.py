@@ -1,4 +1,4 @@
-"""FLUX.1 (dev, schnell, Kontext, Fill, Krea), of any width and depth.
+"""FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth), of any width and depth.
 
 Names: diffusers/models/transformers/transformer_flux.py; original: black-forest-labs/flux
 src/flux/model.py, which ComfyUI shares; nunchaku: FluxModel.cpp (version 1 names).
@@ -14,7 +14,7 @@ from dqconvert.quantizers.errors import SourceError
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 
-_LINEARS = (
+LINEARS = (
     Linear(f"{_DOUBLE}.norm1.linear", "modulation", splits=6),
     Linear(f"{_DOUBLE}.norm1_context.linear", "modulation", splits=6),
     *(
@@ -44,10 +44,10 @@ _LINEARS = (
     Linear(f"{_SINGLE}.proj_out", "mlp", "out", gelu="hidden"),
 )
 
-_DOUBLE_LINEARS = tuple(row.name for row in _LINEARS if row.name.startswith(f"{_DOUBLE}."))
+_DOUBLE_LINEARS = tuple(row.name for row in LINEARS if row.name.startswith(f"{_DOUBLE}."))
 _DOUBLE_MLP = tuple(name for name in _DOUBLE_LINEARS if ".ff" in name)
 
-_FOLDS = (
+FOLDS = (
     Fold(tuple(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), f"{_DOUBLE}.norm1.linear"),
     Fold(
         tuple(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"),
@@ -96,7 +96,7 @@ def _stream(theirs: str, ours: Mapping[str, str], qkv: tuple[str, str, str]) -> 
     )
 
 
-_ORIGINAL = (
+ORIGINAL = (
     Entry("img_in.*", ("x_embedder.*",)),
     Entry("txt_in.*", ("context_embedder.*",)),
     *_mlp_embedder("time_in", "timestep_embedder"),
@@ -207,6 +207,17 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _variant(infos: Infos, config: Mapping[str, Any]) -> str:
+    """How many channels of conditions lie beside the latents; Kontext has none and is not told."""
+    channels, latents = infos["x_embedder.weight"].shape[1], infos["proj_out.weight"].shape[0]
+    if channels == 2 * latents:
+        return "control"
+    if channels > 2 * latents:
+        return "fill"
+    guidance = "time_text_embed.guidance_embedder.linear_1.weight" in infos
+    return "guidance" if guidance else "schnell"
+
+
 def _check(config: Mapping[str, Any]) -> None:
     """What shapes do not imply as numbers must be of the right kind in config.json."""
     axes, head = config["axes_dims_rope"], config["attention_head_dim"]
@@ -222,23 +233,15 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 _HUB = "black-forest-labs/FLUX.1-"
+_DEV = ("dev", "Krea-dev", "Kontext-dev", "Fill-dev", "Canny-dev", "Depth-dev")
 
 FAMILY = Family(
     name="flux",
     title="FLUX.1",
-    aliases={
-        "flux1-dev": f"{_HUB}dev",
-        "flux1-schnell": f"{_HUB}schnell",
-        "flux1-kontext-dev": f"{_HUB}Kontext-dev",
-        "flux1-fill-dev": f"{_HUB}Fill-dev",
-        "flux1-krea-dev": f"{_HUB}Krea-dev",
-    },
+    aliases={f"flux1-{name.lower()}": f"{_HUB}{name}" for name in (*_DEV, "schnell")},
     licenses={
         "flux1-schnell": "apache-2.0",
-        "flux1-dev": "flux-1-dev-non-commercial-license",
-        "flux1-kontext-dev": "flux-1-dev-non-commercial-license",
-        "flux1-fill-dev": "flux-1-dev-non-commercial-license",
-        "flux1-krea-dev": "flux-1-dev-non-commercial-license",
+        **{f"flux1-{name.lower()}": "flux-1-dev-non-commercial-license" for name in _DEV},
     },
     architecture="flux",
     signature=(
@@ -252,8 +255,9 @@ FAMILY = Family(
     hidden="x_embedder.weight",
     optional=("time_text_embed.guidance_embedder",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
-    linears=_LINEARS,
-    dialects={"diffusers": (), "original": _ORIGINAL, "nunchaku": _NUNCHAKU},
+    linears=LINEARS,
+    dialects={"diffusers": (), "original": ORIGINAL, "nunchaku": _NUNCHAKU},
+    layouts={"nunchaku": ("v1",)},
     config_of=_config_of,
     facts=_facts,
     policies={
@@ -267,6 +271,15 @@ FAMILY = Family(
     },
     # The 8 bit layers of ConvRot's mix (2512.03673, table 8).
     sensitive=(f"{_DOUBLE}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
-    folds=_FOLDS,
+    folds=FOLDS,
     outside=(Linear("proj_out", "output"),),
+    variant=_variant,
+    pipelines={
+        "": "FluxPipeline",
+        "fill": "FluxFillPipeline",
+        "control": "FluxControlPipeline",
+        "kontext": "FluxKontextPipeline",
+    },
+    fields=("prompt", "negative_prompt", "image"),
+    encoders={"text_encoder": "clip_text", "text_encoder_2": "t5"},
 )

@@ -1,0 +1,96 @@
+"""LongCat-Image (also Edit), of any width and depth: FLUX.1's blocks, without a pooled embedding.
+
+Names: diffusers/models/transformers/transformer_longcat_image.py, which LightX2V shares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dqconvert.converter.families import flux
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+
+_DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+_TIME = "time_embed.timestep_embedder"
+_AROUND = (
+    *(
+        Linear(name, "embedder")
+        for name in ("x_embedder", "context_embedder", f"{_TIME}.linear_1", f"{_TIME}.linear_2")
+    ),
+    Linear("norm_out.linear", "final", splits=2),
+    Linear("proj_out", "final"),
+)
+_NORMS = (
+    *(f"{_DOUBLE}.attn.{name}" for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")),
+    *(f"{_SINGLE}.attn.{name}" for name in ("norm_q", "norm_k")),
+)
+_NAMES = (
+    *(f"{linear.name}.*" for linear in (*_AROUND, *flux.LINEARS)),
+    *(f"{name}.weight" for name in _NORMS),
+)
+
+
+def _config_of(infos: Infos) -> dict[str, Any]:
+    """The LongCatImageTransformer2DModel config that the shapes imply."""
+    hidden, channels = infos["x_embedder.weight"].shape
+    head = infos["single_transformer_blocks.0.attn.norm_q.weight"].shape[0]
+    context = infos["context_embedder.weight"].shape[1]
+    return {
+        "_class_name": "LongCatImageTransformer2DModel",
+        "patch_size": 1,
+        "in_channels": channels,
+        "num_layers": depth(infos, "transformer_blocks"),
+        "num_single_layers": depth(infos, "single_transformer_blocks"),
+        "attention_head_dim": head,
+        "num_attention_heads": hidden // head,
+        "joint_attention_dim": context,
+        "pooled_projection_dim": context,  # of which the model makes nothing
+        "axes_dims_rope": [head // 8, head * 7 // 16, head * 7 // 16],
+    }
+
+
+def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+_KEPT = {"modulation": None}
+
+FAMILY = Family(
+    name="longcat_image",
+    title="LongCat-Image",
+    aliases={
+        "longcat-image": "meituan-longcat/LongCat-Image",
+        "longcat-image-edit": "meituan-longcat/LongCat-Image-Edit",
+    },
+    licenses=dict.fromkeys(("longcat-image", "longcat-image-edit"), "apache-2.0"),
+    signature=(
+        "x_embedder.weight",
+        "context_embedder.weight",
+        f"{_TIME}.linear_1.weight",
+        "transformer_blocks.0.norm1_context.linear.weight",
+        "single_transformer_blocks.0.norm.linear.weight",
+        "single_transformer_blocks.0.proj_mlp.weight",
+    ),
+    hidden="x_embedder.weight",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    linears=(*flux.LINEARS, *_AROUND),
+    dialects={"diffusers": tuple(Entry(name, (name,)) for name in _NAMES), "lightx2v": ()},
+    sources=("diffusers",),
+    assumed=("pooled_projection_dim",),
+    config_of=_config_of,
+    facts=_facts,
+    policies={
+        # LightX2V builds every linear with the one scheme, those around the blocks as well.
+        "lightx2v": {"modulation": "weight", "embedder": "weight", "final": "weight"},
+        "diffusers": _KEPT,
+        # Its loader in diffusers cannot tell this linear from those of the blocks.
+        "bitsandbytes": {"proj_out": "weight"},
+        "bitsandbytes-double": {"proj_out": "weight"},
+    },
+    sensitive=flux.FAMILY.sensitive,
+    folds=flux.FOLDS,
+    pipelines={"": "LongCatImagePipeline", "edit": "LongCatImageEditPipeline"},
+    fields=("prompt", "negative_prompt", "image"),
+    encoders={"text_encoder": "qwen25_vl"},
+)
