@@ -26,9 +26,9 @@ from dqconvert.quantizers.spec import TensorInfo
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "data" / "headers"
 COLUMNS: Sequence[tuple[str, tuple[tuple[str, str], ...]]] = (
-    ("int8", (("int8", "comfyui"), ("int8", "lightx2v"), ("int8", "vllm"), ("int8", "diffusers"))),
-    ("fp8", (("fp8", "comfyui"), ("fp8", "lightx2v"), ("fp8", "vllm"), ("fp8", "diffusers"))),
-    ("NVFP4", (("nvfp4", "comfyui"), ("nvfp4", "vllm"), ("nvfp4", "diffusers"))),
+    ("int8", (("int8", "comfyui"), ("int8", "lightx2v"), ("int8", "diffusers"))),
+    ("fp8", (("fp8-tensor", "comfyui"), ("fp8", "lightx2v"), ("fp8", "diffusers"))),
+    ("NVFP4", (("nvfp4", "comfyui"), ("nvfp4", "diffusers"))),
     (
         "SVDQuant int4, rank 32",
         (("svdquant-w4a4", "nunchaku"), ("svdquant-w4a4", "diffusers")),
