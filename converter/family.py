@@ -101,7 +101,9 @@ class Family:
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target or
     layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
-    mixed schemes keep at the better format without calibration. video: whether it makes videos.
+    mixed schemes keep at the better format without calibration. layouts: {target: those of its
+    layouts that its loader of this family reads}, the default first; names of one that differ are
+    in a dialect of its own, "<target>-<layout>". video: whether it makes videos.
     unguided: in the names of models that are made to run without guidance. architecture: what GGUF
     files call it, "" where no reader of them knows it. tokens: canonical token embedding whose
     tokenizer a GGUF file holds. variant(infos, config): which of the family's models it is, in a
@@ -144,10 +146,16 @@ class Family:
     pipelines: Mapping[str, str] = field(default_factory=dict)
     fields: tuple[str, ...] = ("prompt", "negative_prompt")
     encoders: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def dialect_of(self, target: str, dialect: str) -> str:
         """The naming that a target writes: one of its own if the family has it, else its usual."""
         return target if target in self.dialects else dialect
+
+    def layout_dialect(self, dialect: str, layout: str) -> str:
+        """The naming of one layout: one of its own if the family has it, else the dialect."""
+        own = f"{dialect}-{layout}"
+        return own if own in self.dialects else dialect
 
     def linear(self, name: str, outside: bool = False) -> tuple[Linear, str] | None:
         """The table row of a canonical linear and its block index, or None.

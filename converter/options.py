@@ -56,7 +56,9 @@ def customised(
     target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
 ) -> tuple[Scheme, str]:
     """The scheme as the user and the runtime want it, and the layout. PlanError otherwise."""
-    problems = [*_option_problems(scheme, options), *_target_problems(target, scheme, options)]
+    known = source.family.layouts.get(target.NAME, ())
+    problems = [*_option_problems(scheme, options)]
+    problems += _target_problems(target, scheme, options, known)
     if not runs(target, source.family):
         problems.append(f"target {target.NAME} does not run {source.family.title}")
     if problems:
@@ -66,7 +68,7 @@ def customised(
         weight = replace(weight, tile=(1, options.group_size))
     if options.zero_points:
         weight = replace(weight, code="uint4", zero_point=True, full_range=False)
-    layout = options.layout or target.layouts(scheme)[0]
+    layout = options.layout or (known or target.layouts(scheme))[0]
     adapted = target.adapt(replace(scheme, weight=weight), layout)
     if target.static(adapted, layout) == "required" and not options.calibrated:
         raise PlanError(
@@ -78,12 +80,14 @@ def customised(
     return adapted, layout
 
 
-def _target_problems(target: Target, scheme: Scheme, options: PlanOptions) -> list[str]:
+def _target_problems(
+    target: Target, scheme: Scheme, options: PlanOptions, known_layouts: tuple[str, ...]
+) -> list[str]:
     wanted = [scheme, *(schemes.scheme(name) for _, name in options.overrides)]
     problems = [refusal for one in wanted if (refusal := _refusal(target, one))]
     if problems:
         return problems
-    layouts = target.layouts(scheme)
+    layouts = known_layouts or target.layouts(scheme)
     if options.layout is not None and options.layout not in layouts:
         known = ", ".join(layouts) if any(layouts) else "one only"
         problems.append(

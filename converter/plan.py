@@ -111,7 +111,7 @@ def make_plan(
     scheme, layout = customised(target, scheme, options, source)
     planner = _Planner(source, target, scheme, options, layout)
     family = source.family
-    dialect = family.dialect_of(target.NAME, target.DIALECT)
+    dialect = family.layout_dialect(family.dialect_of(target.NAME, target.DIALECT), layout)
     layers = tuple(
         planner.layer(entry, index)
         for entry, index in entries_of(

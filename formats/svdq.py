@@ -22,6 +22,9 @@ SHIFT_GELU = 0.171875
 
 TENSOR_SCALES = ("wtscale", "wcscales")
 
+BOTH, NEED, CHANNEL = "both", "need", "channel"
+"""Tensor scales that a loader of NVFP4 layers wants: see Layout."""
+
 DEFAULT_RANK = 32
 """What loaders take for a rank that a file does not say."""
 
@@ -34,16 +37,17 @@ class Layout:
     """How one runtime lays out SVDQuant layers.
 
     smooth: names that hold the smoothing vector, the first is the one that is read; down, up:
-    names of the low-rank branch; bias: write one even where the layer has none; both_scales:
-    NVFP4 layers have a scale of the tensor and one per channel, otherwise only the one they
-    need; modulation: W4A16 rows alternate between chunks, with 1 added to the scale biases.
+    names of the low-rank branch; bias: write one even where the layer has none; scales: whether
+    NVFP4 layers have a scale of the tensor and one per channel: BOTH, only the one they NEED, or
+    always one per CHANNEL; modulation: W4A16 rows alternate between chunks, with 1 added to the
+    scale biases.
     """
 
     smooth: tuple[str, ...]
     down: str
     up: str
     bias: bool
-    both_scales: bool
+    scales: str
     modulation: bool
 
 
@@ -107,6 +111,8 @@ def _w4a16_reasons(layout: Layout, form: PackedForm) -> list[str]:
         reasons.append(f"{n} rows do not make {form.splits} chunks")
     if layout.modulation and form.splits not in (3, 6):
         reasons.append(f"modulation has 3 or 6 chunks, not {form.splits}")
+    if layout.modulation and not (layout.bias or form.bias):
+        reasons.append("the 1 that is added to scales has no place without a bias")
     return reasons
 
 
@@ -130,9 +136,9 @@ def _scale_infos(layout: Layout, form: PackedForm) -> dict[str, TensorInfo]:
     if not is_nvfp4(form.spec):
         return {"wscales": TensorInfo("BF16", (k // 64, n))}
     infos = {"wscales": TensorInfo("F8_E4M3", (k // 16, n))}
-    if layout.both_scales or form.parts == 1:
+    if layout.scales == BOTH or (layout.scales == NEED and form.parts == 1):
         infos["wtscale"] = TensorInfo("BF16", (1,))
-    if layout.both_scales or form.parts > 1:
+    if layout.scales != NEED or form.parts > 1:
         infos["wcscales"] = TensorInfo("BF16", (n,))
     return infos
 
@@ -148,7 +154,7 @@ def read_forms(
     rank = said if isinstance(said, int) and said > 0 else DEFAULT_RANK
     forms, problems = {}, []
     half = {infos[name].dtype for name in infos if name.endswith(f".{layout.up}")}
-    optional = () if layout.both_scales else TENSOR_SCALES
+    optional = TENSOR_SCALES if layout.scales == NEED else ()
     for layer in layers:
         qweight = infos[f"{layer}.qweight"]
         if qweight.dtype not in ("I8", "I32") or len(qweight.shape) != 2:

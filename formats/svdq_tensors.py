@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dqconvert.formats import bits
 from dqconvert.formats.form import PackedForm
-from dqconvert.formats.svdq import Layout, is_nvfp4, is_w4a16
+from dqconvert.formats.svdq import BOTH, CHANNEL, Layout, is_nvfp4, is_w4a16
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.tensors import LowRank, QuantizedTensor
 
@@ -60,7 +60,7 @@ def unpack_w4a4(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor])
         spec=form.spec,
         codes=bits.unpack_codes(tensors["qweight"], torch.uint8 if nvfp4 else torch.int8),
         scale=unpack_scales(tensors["wscales"]),
-        tensor_scale=_tensor_scale(form, tensors) if nvfp4 else None,
+        tensor_scale=_tensor_scale(layout, form, tensors) if nvfp4 else None,
         bias=_if_any(form, None if bias is None else bits.unpack_vector(bias)),
         smooth=bits.unpack_vector(smooth),
         lowrank=LowRank(
@@ -142,11 +142,11 @@ def _pack_scales(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[s
     tensor_scale = _half(q.tensor_scale)
     single = tensor_scale.numel() == 1
     tensors = {"wscales": bits.pack_micro_scales(q.scale.to(torch.float8_e4m3fn))}
-    if layout.both_scales:
+    if layout.scales == BOTH:
         ones = torch.ones_like(tensor_scale[:1])
         tensors["wtscale"] = tensor_scale.clone() if single else ones
         channels = ones if single else tensor_scale
-    elif form.parts == 1:
+    elif form.parts == 1 and layout.scales != CHANNEL:
         if not single and not torch.equal(tensor_scale, tensor_scale[:1].expand_as(tensor_scale)):
             raise ValueError("a layer of one part has one tensor scale")
         return tensors | {"wtscale": tensor_scale[:1].clone()}
@@ -156,7 +156,7 @@ def _pack_scales(layout: Layout, form: PackedForm, q: QuantizedTensor) -> dict[s
     return tensors
 
 
-def _tensor_scale(form: PackedForm, tensors: Mapping[str, Tensor]) -> Tensor:
+def _tensor_scale(layout: Layout, form: PackedForm, tensors: Mapping[str, Tensor]) -> Tensor:
     """[1] where one scale serves all channels, [N] otherwise. Loaders take a missing one as 1."""
     tensor, channels = tensors.get("wtscale"), tensors.get("wcscales")
     if tensor is None:
@@ -164,6 +164,8 @@ def _tensor_scale(form: PackedForm, tensors: Mapping[str, Tensor]) -> Tensor:
     if channels is None or (form.parts == 1 and bool((channels == 1).all())):
         return tensor.reshape(1)
     channels = bits.unpack_vector(channels)
+    if layout.scales == CHANNEL and form.parts == 1 and bool((channels == channels[0]).all()):
+        return channels[:1]
     if bool((tensor == 1).all()):
         return channels
     return channels.float() * tensor.float()  # exact: two bf16 mantissas fit in fp32

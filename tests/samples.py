@@ -164,7 +164,8 @@ def context_of(
     for i, form in enumerate(forms_in(runtime, adapted, layout)):
         uniform = replace(form, rank=scheme.rank if form.rank else 0)
         if runtime.problem(uniform) is None:
-            layers[f"transformer_blocks.{i}.linear"] = uniform
+            blocks = "mid_block" if layout == "unet" else "transformer_blocks"
+            layers[f"{blocks}.{i}.linear"] = uniform
     infos = {
         f"{layer}.{suffix}": info
         for layer, form in layers.items()

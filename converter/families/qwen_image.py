@@ -1,6 +1,7 @@
-"""Qwen-Image (also 2512, Edit, Edit-2509, Edit-2511), of any width and depth.
+"""Qwen-Image (also 2512, Edit, Edit-2509, Edit-2511, Layered), of any width and depth.
 
-Names: diffusers/models/transformers/transformer_qwenimage.py; ComfyUI and LightX2V share them.
+Names: diffusers/models/transformers/transformer_qwenimage.py; ComfyUI and LightX2V share them;
+nunchaku: nunchaku/models/transformers/transformer_qwenimage.py.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ _NAMES = (
     "proj_out.*",
 )
 
+_NUNCHAKU = (
+    Entry(f"{_BLOCK}.attn.to_qkv.*", tuple(f"{name}.*" for name in _qkv(_IMAGE))),
+    Entry(f"{_BLOCK}.attn.add_qkv_proj.*", tuple(f"{name}.*" for name in _qkv(_TEXT))),
+)
+
 
 def _config_of(infos: Infos) -> dict[str, Any]:
     """The QwenImageTransformer2DModel config that the shapes imply.
@@ -77,8 +83,43 @@ def _config_of(infos: Infos) -> dict[str, Any]:
     }
 
 
+_BUILT = {
+    "num_layers": 60,
+    "num_attention_heads": 24,
+    "attention_head_dim": 128,
+    "in_channels": 64,
+    "out_channels": 16,
+    "joint_attention_dim": 3584,
+    "zero_cond_t": False,
+    "use_additional_t_cond": False,
+}
+"""What nunchaku's class and ComfyUI-nunchaku build whatever a file's config says."""
+
+
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    """nunchaku's class name, and what its loaders will not make of this model."""
+    if dialect != "nunchaku":
+        return {}
+    other = [
+        f"{key} {config[key]} (not {usual})"
+        for key, usual in _BUILT.items()
+        if config.get(key, usual) != usual
+    ]
+    notes = (
+        "nunchaku and ComfyUI-nunchaku build Qwen-Image with 60 blocks and its first config "
+        f"whatever the file says; this model has {', '.join(other)}, so they will not run it"
+    )
+    return {
+        "model_class": "NunchakuQwenImageTransformer2DModel",
+        **({"notes": (notes,)} if other else {}),
+    }
+
+
+def _variant(infos: Infos, config: Mapping[str, Any]) -> str:
+    """Edit and Edit-2509 have the tensors and the config of the base: nothing tells them."""
+    if "time_text_embed.addition_t_embedding.weight" in infos:
+        return "layered"
+    return "edit-plus" if config.get("zero_cond_t") else ""
 
 
 _KEPT = {"modulation": None}
@@ -122,7 +163,9 @@ FAMILY = Family(
         "diffusers": tuple(Entry(name, (name,)) for name in _NAMES),
         "original": (),
         "lightx2v": (),
+        "nunchaku": _NUNCHAKU,
     },
+    layouts={"nunchaku": ("v2",)},
     sources=("diffusers",),
     unread=("__index_timestep_zero__",),  # ComfyUI's mark of Edit-2511
     config_of=_config_of,
@@ -137,4 +180,12 @@ FAMILY = Family(
     },
     sensitive=_OUT,
     folds=_FOLDS,
+    variant=_variant,
+    pipelines={
+        "": "QwenImagePipeline",
+        "edit": "QwenImageEditPipeline",
+        "edit-plus": "QwenImageEditPlusPipeline",
+        "layered": "QwenImageLayeredPipeline",
+    },
+    encoders={"text_encoder": "qwen25_vl"},
 )

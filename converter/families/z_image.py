@@ -1,7 +1,7 @@
 """Z-Image (Turbo, Base, Edit, Omni), of any width and depth.
 
 Names: diffusers/models/transformers/transformer_z_image.py, which LightX2V shares; original:
-ComfyUI comfy/ldm/lumina/model.py.
+ComfyUI comfy/ldm/lumina/model.py; nunchaku: nunchaku/models/transformers/transformer_zimage.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import EQUAL, Entry, Family, Infos, Linear, depth
 
 _MODULATED, _PLAIN = ("noise_refiner", "layers"), ("context_refiner", "siglip_refiner")
 _BLOCKS = tuple(f"{name}.{{i}}" for name in (*_MODULATED, *_PLAIN))
@@ -70,6 +70,25 @@ _ORIGINAL = (
 )
 
 
+def _nunchaku(block: str, dense: bool) -> tuple[Entry, ...]:
+    """Its feed-forward is diffusers' SwiGLU, which multiplies the first half with the second's."""
+    ours = f"{block}.feed_forward"
+    qkv = tuple(f"{block}.attention.{name}.*" for name in _QKV)
+    return (
+        *([] if dense else [Entry(f"{block}.attention.to_qkv.*", qkv, bias=False)]),
+        Entry(f"{ours}.net.0.proj.*", (f"{ours}.w3.*", f"{ours}.w1.*"), bias=False, share=EQUAL),
+        Entry(f"{ours}.net.2.*", (f"{ours}.w2.*",), bias=False),
+    )
+
+
+_REFINED = ("noise_refiner.{i}", "context_refiner.{i}")
+_NUNCHAKU = tuple(entry for block in ("layers.{i}", *_REFINED) for entry in _nunchaku(block, False))
+_SKIPPED = (
+    *_nunchaku("layers.{i}", False),
+    *(entry for block in _REFINED for entry in _nunchaku(block, True)),
+)
+
+
 def _config_of(infos: Infos) -> dict[str, Any]:
     """The ZImageTransformer2DModel config that the shapes imply."""
     dim, patch = infos[f"all_x_embedder.{_PATCH}.weight"].shape
@@ -97,7 +116,13 @@ def _config_of(infos: Infos) -> dict[str, Any]:
 
 
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    """nunchaku's class name."""
+    written = dialect.startswith("nunchaku")
+    return {"model_class": "NunchakuZImageTransformer2DModel"} if written else {}
+
+
+def _variant(infos: Infos, config: Mapping[str, Any]) -> str:
+    return "omni" if "siglip_embedder.0.weight" in infos else ""
 
 
 _KEPT = {"modulation": None}
@@ -132,7 +157,14 @@ FAMILY = Family(
         Linear(f"{_FINAL}.adaLN_modulation.1", "final", splits=1),
         Linear(f"{_FINAL}.linear", "final"),
     ),
-    dialects={"diffusers": (), "original": _ORIGINAL, "lightx2v": ()},
+    dialects={
+        "diffusers": (),
+        "original": _ORIGINAL,
+        "lightx2v": (),
+        "nunchaku": _NUNCHAKU,
+        "nunchaku-skip-refiners": _SKIPPED,
+    },
+    layouts={"nunchaku": ("v2", "skip-refiners")},
     unread=("norm_final.weight",),  # of Lumina 2, which Z-Image descends from
     config_of=_config_of,
     facts=_facts,
@@ -144,8 +176,14 @@ FAMILY = Family(
         "diffusers": _KEPT,
         "sglang": _KEPT,
         "vllm": _KEPT,
+        # Its class leaves modulation as it is, and knows no refiner of images.
+        "nunchaku": _KEPT | dict.fromkeys(one.name for one in _linears("siglip_refiner.{i}")),
+        "skip-refiners": _REFINERS,
     },
     sensitive=tuple(f"{block}.attention.to_out.0" for block in _BLOCKS),
     unguided=("turbo",),
+    variant=_variant,
+    pipelines={"": "ZImagePipeline", "omni": "ZImageOmniPipeline"},
+    encoders={"text_encoder": "qwen3"},
     # No folds: norms have a scale without a shift, and linears have no bias.
 )

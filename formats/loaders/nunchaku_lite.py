@@ -36,7 +36,7 @@ LAYOUT = svdq.Layout(
     down="proj_down",
     up="proj_up",
     bias=False,
-    both_scales=True,
+    scales=svdq.BOTH,
     modulation=False,
 )
 

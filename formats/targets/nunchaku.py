@@ -1,21 +1,29 @@
 """nunchaku: a single file with fused projections, for nunchaku, ComfyUI-nunchaku and sglang.
 
-    <layer>.qweight, wscales, wtscale | wcscales, smooth, smooth_orig, lora_down, lora_up, bias
+    <layer>.qweight, wscales, bias, and by layout
+        v1      wtscale | wcscales   smooth, smooth_orig, lora_down, lora_up
+        v2      wtscale | wcscales   smooth_factor, smooth_factor_orig, proj_down, proj_up
+        unet    wcscales             smooth, smooth_orig, lora_down, lora_up
     <modulation>.qweight, wscales, wzeros, bias
 
-under the names of the FLUX classes of version 1, which the C++ backend and ComfyUI read and the
-version 2 classes rename on load. Layers without a bias hold zeros. The file's name carries
-precision and rank, and sglang takes them from there.
+v1 is FLUX.1's, which the C++ backend and ComfyUI read and the Python classes of version 2 rename
+on load; there layers without a bias hold zeros. v2 is what the Python classes call their
+parameters. The UNet's class renames v1's words, also inside those of v2, and knows no wtscale.
+skip-refiners is v2 with Z-Image's refiners in 16 bit. The file's name carries precision and rank,
+and sglang takes them from there.
 
-Source: nunchaku/merge_safetensors.py (metadata), src/Linear.cpp and src/FluxModel.cpp (names,
-and the shift of fc2), deepcompressor/backend/nunchaku/convert.py (what is folded where).
+Source: nunchaku/merge_safetensors.py (metadata), src/Linear.cpp and src/FluxModel.cpp (names of
+v1, and the shift of fc2), nunchaku/models/linear.py, models/transformers/utils.py and
+models/unets/unet_sdxl.py (strict loading), deepcompressor/backend/nunchaku/convert.py (what is
+folded where).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats import svdq
@@ -48,9 +56,20 @@ LAYOUT = svdq.Layout(
     down="lora_down",
     up="lora_up",
     bias=True,
-    both_scales=False,
+    scales=svdq.NEED,
     modulation=True,
 )
+_V2 = svdq.Layout(
+    smooth=("smooth_factor", "smooth_factor_orig"),
+    down="proj_down",
+    up="proj_up",
+    bias=False,
+    scales=svdq.NEED,
+    modulation=True,
+)
+V1, V2, UNET, SKIP = "v1", "v2", "unet", "skip-refiners"
+LAYOUTS = {V1: LAYOUT, V2: _V2, UNET: replace(LAYOUT, bias=False, scales=svdq.CHANNEL), SKIP: _V2}
+_UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
 def accepts(scheme: Scheme) -> str | None:
@@ -59,8 +78,8 @@ def accepts(scheme: Scheme) -> str | None:
 
 
 def layouts(scheme: Scheme) -> tuple[str, ...]:
-    """There is one."""
-    return ("",)
+    """Which one a loader reads depends on the family: see Family.layouts."""
+    return tuple(LAYOUTS)
 
 
 def adapt(scheme: Scheme, layout: str) -> Scheme:
@@ -75,7 +94,11 @@ def static(scheme: Scheme, layout: str) -> str:
 
 def problem(form: PackedForm) -> str | None:
     """See formats/targets."""
-    return svdq.problem(LAYOUT, form, shift(form))
+    return svdq.problem(_layout(form), form, shift(form))
+
+
+def _layout(form: PackedForm) -> svdq.Layout:
+    return LAYOUTS[form.layout or V1]
 
 
 def shift(form: PackedForm) -> float:
@@ -97,34 +120,34 @@ def activation(form: PackedForm, scheme: Scheme) -> QuantSpec | None:
 
 def promise(form: PackedForm) -> dict[str, TensorInfo]:
     """See formats/targets."""
-    return svdq.promise(LAYOUT, form)
+    return svdq.promise(_layout(form), form)
 
 
 def pack(form: PackedForm, q: QuantizedTensor) -> dict[str, Tensor]:
     """See formats/targets."""
     from dqconvert.formats import svdq_tensors
 
-    return svdq_tensors.pack(LAYOUT, form, q)
+    return svdq_tensors.pack(_layout(form), form, q)
 
 
 def unpack(form: PackedForm, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
     """See formats/targets."""
     from dqconvert.formats import svdq_tensors
 
-    return svdq_tensors.unpack(LAYOUT, form, tensors)
+    return svdq_tensors.unpack(_layout(form), form, tensors)
 
 
 def recognize(
     infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> Recognized | None:
-    """Files with the names of version 1, and those that only their metadata gives away."""
+    """Files with the names of their layers' tensors, and those that only metadata gives away."""
     said = json_object(metadata.get("quantization_config")) or {}
     layers = layers_with(infos, "qweight")
-    named = any(f"{layer}.{LAYOUT.down}" in infos for layer in layers)
-    renamed = any(f"{layer}.proj_down" in infos for layer in layers)
-    if renamed or not (named or said.get("method") == "svdquant"):
+    name = _layout_of(infos, layers, said)
+    if name is None:
         return None
-    forms, problems = svdq.read_forms(LAYOUT, layers, infos, said.get("rank"))
+    read, problems = svdq.read_forms(LAYOUTS[name], layers, infos, said.get("rank"))
+    forms = {layer: replace(form, layout=name) for layer, form in read.items()}
     linears = [form for form in forms.values() if not svdq.is_w4a16(form)]
     problems += _metadata_problems(metadata, said, linears)
     if not linears:
@@ -135,6 +158,17 @@ def recognize(
         forms=forms,
         problems=tuple(problems),
     )
+
+
+def _layout_of(infos: Infos, layers: Sequence[str], said: Mapping[str, Any]) -> str | None:
+    """The layout of a file; None if it is nobody's here, such as diffusers' nunchaku_lite."""
+    if any(f"{layer}.lora_down" in infos for layer in layers):
+        return UNET if any(layer.startswith(_UNET_BLOCKS) for layer in layers) else V1
+    method = said.get("method") == "svdquant"
+    own = any(f"{layer}.smooth_factor_orig" in infos for layer in layers)
+    if own or (method and any(f"{layer}.proj_down" in infos for layer in layers)):
+        return SKIP if said.get("skip_refiners") is True else V2
+    return V1 if method else None
 
 
 def _metadata_problems(
@@ -191,6 +225,7 @@ def _quantization_config(context: FileContext) -> dict[str, Any]:
     nvfp4 = svdq.is_nvfp4(context.scheme.weight)
     dtype, group = ("fp4_e2m1_all", 16) if nvfp4 else ("int4", 64)
     scale = "fp8_e4m3_nan" if nvfp4 else None
+    skipped = {"skip_refiners": True} if context.layout == SKIP else {}
     # "quant_method" is left out: sglang would take the file for one of another loader
     return {
         "method": "svdquant",
@@ -201,6 +236,7 @@ def _quantization_config(context: FileContext) -> dict[str, Any]:
         },
         "activation": {"dtype": dtype, "scale_dtype": scale, "group_size": group},
         "rank": context.rank,
+        **skipped,
     }
 
 
