@@ -141,9 +141,9 @@ def one_tensor_scale(q: QuantizedTensor, top: Tensor | None = None) -> Quantized
     if second is None or (second.numel() == 1 and (top is None or torch.equal(second, top))):
         return replace(q, tensor_scale=second)
     top = second.amax().view(1) if top is None else top
-    exact = rtn.effective_scale(q.scale, second).double()
-    scale = (exact / top.double()).to(q.scale.dtype)
-    if not torch.equal(scale.double() * top.double(), exact):
+    exact = rtn.effective_scale(q.scale, second)
+    scale = (exact.double() / top.double()).float().to(q.scale.dtype)
+    if not torch.equal(rtn.effective_scale(scale, top), exact):
         raise ValueError(
             "its tensor scales differ, and no scales of blocks can take up the difference exactly"
         )
