@@ -52,9 +52,10 @@ TINY = 1024
 
 UNDECODED = (
     "position_embedding.weight", "attn_rel_b.weight", "addition_t_embedding.weight",
+    ".ff_i.gate.weight",
 )  # fmt: skip
-"""Matrices that no linear decodes: text encoders add two of them as they are, and diffusers looks
-rows of Qwen-Image-Layered's up."""
+"""Matrices that no linear decodes: text encoders add two of them as they are, diffusers looks rows
+of Qwen-Image-Layered's up, and HiDream's routers multiply by theirs."""
 
 HALVES = ("F16", "BF16")
 PROVENANCE = "general."
