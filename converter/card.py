@@ -36,6 +36,7 @@ def render(prepared: Prepared, report: Report, history: Mapping[str, Any]) -> st
     lines += [
         f"| worst layer | `{worst.name}` ({worst.error:.4f}) |",
         f"| calibration | {_calibration(prepared)} |",
+        *(f"| LoRA | {path.name}, strength {one:g} |" for path, one in prepared.job.loras),
         "",
         "Errors are relative Frobenius norms. `dqconvert.json` has the error of every layer, the",
         "options, and the SHA-256 of every file.",

@@ -19,6 +19,7 @@ import click
 
 from dqconvert.converter import manifest, show
 from dqconvert.converter.job import Job
+from dqconvert.converter.lora.words import branching, merging
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
@@ -121,7 +122,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--scheme", required=True, metavar="NAME", help="See `dqconvert list schemes`.")
+@click.option("--scheme", metavar="NAME", help="See `dqconvert list schemes`.")
 @click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
 @click.option("--component", default="transformer", metavar="NAME", help="Part of the pipeline.")
 @click.option("--calib", type=PATH, metavar="FILE", help="Prompts, .txt or .jsonl.")
@@ -158,6 +159,7 @@ def main() -> None:
 @click.option("--legacy", is_flag=True, help="Short for --layout scaled-fp8 (comfyui).")
 @click.option("--kernel", metavar="NAME", help="What LightX2V runs the layers with.")
 @click.option("--save-by-block", is_flag=True, help="A file for each block (lightx2v).")
+@branching
 @click.option("--workers", type=click.IntRange(1), metavar="N", help="Threads; default: cores.")
 @click.option("--device", default="cpu", metavar="cpu|cuda[:N]", help="For GGUF: where to round.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
@@ -169,7 +171,11 @@ def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
     """Quantize MODEL (the default command)."""
     from dqconvert.converter.prepare import prepare
 
-    prepared = prepare(_job(**words))
+    job = _job(**words)
+    if not job.scheme:
+        show.made(_rewritten(job, dry_run), as_json)
+        return
+    prepared = prepare(job)
     if dry_run:
         show.plan(prepared, as_json)
         return
@@ -184,7 +190,17 @@ def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, *
         words["layout"] = LEGACY
     settings = {"kernel": kernel, "save-by-block": "yes" if save_by_block else None}
     given = {name: value for name, value in settings.items() if value is not None}
+    words["scheme"] = words["scheme"] or ""
     return Job(**words, overrides=tuple(override), settings=given)
+
+
+def _rewritten(job: Job, dry_run: bool) -> Path:
+    """An output of ours with LoRAs in its branches, which is all that needs no scheme."""
+    if job.lora_mode != "branch" or dry_run:
+        raise click.UsageError("Missing option '--scheme'.")
+    from dqconvert.converter.lora.rewrite import rewrite
+
+    return rewrite(job)
 
 
 @main.command("list")
@@ -268,6 +284,7 @@ def transcode(as_json: bool, quiet: bool, **words: Any) -> None:
 @click.option("--size", type=Size())
 @click.option("--pipeline", metavar="MODEL")
 @click.option("--imatrix", type=PATH, metavar="FILE", help="Also as .dat or .gguf of llama.cpp.")
+@merging
 @click.option("-q", "--quiet", is_flag=True)
 @click.option("--json", "as_json", is_flag=True)
 @reported

@@ -50,7 +50,7 @@ def convert(
     stats: Stats = {}
     with OutputFolder(prepared.output, prepared.job.overwrite) as folder:
         if prepared.calibration is not None:
-            stats = statistics(prepared.calibration, prepared.model, prepared.source, listen)
+            stats = statistics(prepared.calibration, prepared.model, prepared.observed, listen)
         elif prepared.job.imatrix is not None:
             stats, unknown = importance.read(prepared.job.imatrix, prepared.plan)
             prepared = replace(prepared, found=(*prepared.found, *_unknown(unknown)))
@@ -138,7 +138,7 @@ def _groups(
 
     plan, job = prepared.plan, prepared.job
     found = recipe_of(prepared, stats)
-    shared = Work(found.plan, found.source, found.stats, found.options, files)
+    shared = Work(found.plan, found.source, found.stats, found.options, files, prepared.branch)
     done = 0
 
     def work(group: list[LayerPlan]) -> tuple[int, list[LayerReport]]:

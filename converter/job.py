@@ -34,6 +34,10 @@ class Job:
     zero_points: bool = False
     precondition: str = "off"
     settings: Mapping[str, str] = field(default_factory=dict)
+    loras: tuple[tuple[Path, float], ...] = ()
+    lora_mode: str = "merge"
+    lora_partial: bool = False
+    rank_cap: int | None = None
     overwrite: bool = False
     workers: int | None = None
     device: str = "cpu"

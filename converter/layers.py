@@ -51,6 +51,8 @@ def _together(group: Sequence[LayerPlan], work: Work) -> list[LayerReport]:
     reports = []
     for layer, problem, q in quantized_group(group, work):
         assert layer.form is not None
+        if work.branch is not None:
+            problem, q = work.branch.appended(layer, problem, q)
         packed = work.plan.target.pack(layer.form, q)
         for suffix, tensor in packed.items():
             work.files.write(f"{layer.name}.{suffix}", tensor)

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import card
 from dqconvert.converter.job import Report
+from dqconvert.converter.lora.apply import record
+from dqconvert.converter.lora.match import Loras
+from dqconvert.converter.lora.merged import MergedSource
+from dqconvert.converter.precondition import PreconditionedSource
 from dqconvert.formats.folder import MANIFEST
 from dqconvert.quantizers.errors import OutputError
 
@@ -95,7 +99,10 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "zero_points": job.zero_points,
             "settings": dict(job.settings),
             "precondition": folded,  # AWQ folds in any case
+            "lora_mode": job.lora_mode if job.loras else None,
+            "rank_cap": job.rank_cap,
         },
+        "loras": _loras(prepared) if report else [str(path) for path, _ in job.loras],
         "calibration": _calibration(prepared),
         "precondition": dict(report.precondition) if report else {},
         "output": {"folder": str(prepared.output), "bytes": plan.nbytes},
@@ -121,6 +128,13 @@ def version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _loras(prepared: Prepared) -> list[dict[str, Any]]:
+    source = prepared.observed
+    source = source.inner if isinstance(source, PreconditionedSource) else source
+    loras = source.loras if isinstance(source, MergedSource) else Loras()
+    return record(loras, prepared.job.lora_partial)
 
 
 def _calibration(prepared: Prepared) -> dict[str, Any] | None:

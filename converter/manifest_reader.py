@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dqconvert.converter.families import sources
+from dqconvert.converter.lora.apply import Recorded, recorded
 from dqconvert.converter.resolve import read_json
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.schemes import schemes
@@ -22,7 +23,7 @@ class Manifest:
 
     dialect: the naming of the source; component: what it is of the pipeline; calibration: the key
     of its statistics; errors: weight errors by layer; schemes: by layer; settings: what was said
-    of the target alone; files: SHA-256 by file name.
+    of the target alone; files: SHA-256 by file name; loras: what was merged.
     """
 
     scheme: str | None = None
@@ -35,6 +36,7 @@ class Manifest:
     schemes: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    loras: tuple[Recorded, ...] = ()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -64,6 +66,7 @@ def read_manifest(path: Path) -> Manifest:
             schemes={name: scheme for name, scheme in own.items() if scheme in schemes()},
             settings={name: _of(settings, name, str) for name in settings},
             files={name: _of(_fields(files[name], name), "sha256", str) for name in files},
+            loras=tuple(map(_lora, _of(said, "loras", list, []))),
         )
     except _Wrong as error:
         raise SourceError(
@@ -85,6 +88,13 @@ def _of(fields: Mapping[str, Any], key: str, kind: Any, default: Any = _NEEDED) 
     if not isinstance(value, kind) or isinstance(value, bool):
         raise _Wrong(f"{key} is {str(value)[:40]!r}, which is not what we write")
     return value
+
+
+def _lora(row: Any) -> Recorded:
+    try:
+        return recorded(_fields(row, "loras"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _Wrong(f"loras holds {str(row)[:40]!r}, which is not what we write") from error
 
 
 def _fields(value: Any, where: str) -> Mapping[str, Any]:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 from dqconvert.converter import tokenizers
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import Job
+from dqconvert.converter.lora import apply as lora
+from dqconvert.converter.lora.branch import Branch, branched
+from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
@@ -33,7 +36,8 @@ class Prepared:
     """A job that is ready to run: everything decided, nothing computed.
 
     options: what the plan was made from; found: notes that the work itself adds; precondition:
-    how source differs from the checkpoint, None where it does not.
+    how source differs from the checkpoint, None where it does not; branch: LoRAs that go into the
+    low-rank branches, None where they are merged.
     """
 
     job: Job
@@ -45,6 +49,17 @@ class Prepared:
     options: PlanOptions = field(default_factory=PlanOptions)
     found: tuple[str, ...] = ()
     precondition: Precondition | None = None
+    branch: Branch | None = None
+
+    @property
+    def observed(self) -> CanonicalSource:
+        """The model as it will run, which calibration observes."""
+        return self.source if self.branch is None else self.branch.observed
+
+    @property
+    def rank(self) -> int:
+        """Of the low-rank branches that weights are quantized with."""
+        return self.plan.context.rank if self.branch is None else self.branch.rank
 
     @property
     def rounding(self) -> str:
@@ -156,10 +171,11 @@ def prepare(job: Job) -> Prepared:
     """
     chosen = scheme(job.scheme)
     _check_words(job, chosen)
+    lora.check(job, chosen)
     goal = target(job.target or chosen.targets[0])
     _check_device(job, goal)
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
-    source = open_model(model.path, model.config, model.part)
+    source = lora.merged(job, open_model(model.path, model.config, model.part))
     model = _credited(model, source.source.metadata)
     tokens = _tokenizer(model, source, goal)
     calibration = plan_calibration(job, model, source, _learns(job, chosen))
@@ -176,13 +192,24 @@ def prepare(job: Job) -> Prepared:
         provenance=_provenance(model) | (tokens or {}),
         bits=job.bits,
     )
-    plan = make_plan(source, goal, chosen, options, (model.name, config_of(model, source)))
+    identity = (model.name, config_of(model, source))
+    plan, branch = make_plan(source, goal, chosen, options, identity), None
+    if job.lora_mode == lora.BRANCH and isinstance(source, MergedSource):
+        branch, options = branched(plan, source, options, job.rank_cap)
+        source = branch.source
+        plan = make_plan(source, goal, chosen, options, identity)
     output = job.output or Path(f"{model.name}-{chosen.name}-{goal.NAME}")
     OutputFolder(output, job.overwrite).check()
-    inputs = source.source.files
-    check_apart(output, [*inputs, *(one for one in (job.calib, job.imatrix) if one)])
-    lack = () if tokens is not None else (_NO_TOKENIZER,)
-    return Prepared(job, model, source, plan, calibration, output, options, lack)
+    check_apart(output, [*source.source.files, *_given(job)])
+    said = source.loras.notes if isinstance(source, MergedSource) else ()
+    found = said if tokens is not None else (*said, _NO_TOKENIZER)
+    prepared = Prepared(job, model, source, plan, calibration, output, options, found)
+    return replace(prepared, branch=branch)
+
+
+def _given(job: Job) -> list[Path]:
+    """Files beside the checkpoint that a job reads."""
+    return [*(one for one in (job.calib, job.imatrix) if one), *(path for path, _ in job.loras)]
 
 
 _NO_TOKENIZER = (

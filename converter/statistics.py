@@ -18,6 +18,8 @@ from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Family, fill
 from dqconvert.converter.job import Job, Progress
+from dqconvert.converter.lora.apply import merged
+from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.resolve import Model, read_json, resolve
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
@@ -145,7 +147,7 @@ def calibrate(job: Job, listen: Callable[[Progress], None], imatrix: Path | None
     if imatrix is not None:
         importance.check(imatrix)
     model = resolve(job.model, whole=True, component=job.component)
-    source = open_model(model.path, model.config)
+    source = merged(job, open_model(model.path, model.config))
     calibration = plan_calibration(job, model, source)
     assert calibration is not None
     stats = statistics(calibration, model, source, listen)
@@ -265,4 +267,7 @@ def _fingerprint(source: CanonicalSource, place: Path, config: Mapping[str, Any]
         if path.is_file()
     ]
     infos = [(name, info.dtype, info.shape) for name, info in source.infos.items()]
-    return hashlib.sha256(json.dumps([place.name, files, infos, dict(config)]).encode()).hexdigest()
+    said: list[object] = [place.name, files, infos, dict(config)]
+    if isinstance(source, MergedSource):
+        said.append(source.loras.identity)
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()

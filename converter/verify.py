@@ -21,6 +21,7 @@ from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
+from dqconvert.converter.lora.apply import again
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
@@ -137,7 +138,9 @@ class _Reference:
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
         model = resolve(model_name, component=found.manifest.component)
-        self.source: CanonicalSource = open_model(model.path, model.config, model.part)
+        self.source: CanonicalSource = again(
+            open_model(model.path, model.config, model.part), found.manifest, found.path
+        )
         identity = (model.name, config_of(model, self.source))
         options = options_of(found, scheme_name)
         plan = partial(make_plan, self.source, found.target, scheme(scheme_name))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.lora.branch import Branch
 from dqconvert.converter.plan import Plan
 from dqconvert.converter.prepare import Prepared
 from dqconvert.formats.fileset import FileSet
@@ -27,14 +28,15 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Work(Recipe):
-    """The same, and the files that they go to."""
+    """The same, the files that they go to, and what is appended to low-rank branches."""
 
     files: FileSet
+    branch: Branch | None = None
 
 
 def recipe_of(prepared: Prepared, stats: Stats) -> Recipe:
     """What a prepared job asks for, with the statistics that it got."""
     plan = prepared.plan
     job = prepared.job
-    options = RecipeOptions(plan.context.rank, prepared.rounding, job.smooth, device=job.device)
+    options = RecipeOptions(prepared.rank, prepared.rounding, job.smooth, device=job.device)
     return Recipe(plan, prepared.source, stats, options)

@@ -1,0 +1,131 @@
+"""From a job's LoRAs, or those that a manifest names, to the model that they make. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.job import Job
+from dqconvert.converter.lora.files import LoraFile, LoraSpec, opened
+from dqconvert.converter.lora.match import Loras, read
+from dqconvert.converter.lora.merged import MergedSource
+from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
+from dqconvert.quantizers.spec import Scheme
+
+if TYPE_CHECKING:
+    from dqconvert.converter.manifest_reader import Manifest
+
+MERGE, BRANCH = "merge", "branch"
+"""What becomes of a LoRA: part of the weights, or of the low-rank branches beside them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A LoRA as a manifest has it. path: as it was given; partial: what did not fit was left out;
+    skipped: modules of it that were left out for another reason."""
+
+    path: str
+    sha256: str
+    strength: float
+    partial: bool = False
+    skipped: tuple[str, ...] = ()
+
+
+def loras_of(job: Job, source: CanonicalSource) -> Loras:
+    """The LoRAs of a job, all their tensors placed on its model. Raises PlanError otherwise."""
+    files = [opened(LoraSpec(path, strength)) for path, strength in job.loras]
+    return read(files, source, job.component.partition(".")[0], job.lora_partial)
+
+
+def merged(job: Job, source: CanonicalSource) -> CanonicalSource:
+    """A job's model with its LoRAs merged; the model itself where there are none."""
+    return MergedSource(source, loras_of(job, source)) if job.loras else source
+
+
+def check(job: Job, scheme: Scheme) -> None:
+    """Words of LoRAs that make no sense. Raises PlanError."""
+    problems = []
+    if not job.loras:
+        given = {
+            "--lora-mode branch": job.lora_mode == BRANCH,
+            "--lora-partial": job.lora_partial,
+        }
+        problems += [f"{word}: there is no --lora" for word in given if given[word]]
+    if job.lora_mode == BRANCH:
+        if "lowrank" not in scheme.steps:
+            problems.append(f"--lora-mode branch: {scheme.name} has no low-rank branch; merge it")
+        if job.precondition != "off":
+            problems.append(
+                "--precondition changes the inputs that a branch reads; merge the LoRA instead"
+            )
+    problems += cap_problems(job.rank_cap, job.lora_mode)
+    if problems:
+        raise PlanError(problems)
+
+
+def cap_problems(cap: int | None, mode: str) -> list[str]:
+    """What is wrong with --rank-cap."""
+    if cap is None:
+        return []
+    if mode != BRANCH:
+        return ["--rank-cap: is of --lora-mode branch alone"]
+    return [f"--rank-cap {cap}: must be a multiple of 16"] if cap % 16 or cap < 16 else []
+
+
+def record(loras: Loras, partial: bool, skipped: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """LoRAs as the manifest has them."""
+    return [
+        {
+            "file": file.name,
+            "path": str(file.spec.path),
+            "sha256": file.sha256,
+            "strength": file.spec.strength,
+            "partial": partial,
+            "skipped": [one for one in skipped if one],
+        }
+        for file in loras.files
+    ]
+
+
+def again(source: CanonicalSource, manifest: Manifest, where: Path) -> CanonicalSource:
+    """A model with the LoRAs that a manifest names merged once more. where: for messages.
+
+    Raises SourceError that says what is missing or was changed.
+    """
+    if not manifest.loras:
+        return source
+    files = [_same(one, where) for one in manifest.loras]
+    skipped = {base for one in manifest.loras for base in one.skipped}
+    partial = any(one.partial for one in manifest.loras)
+    loras = read(files, source, manifest.component.partition(".")[0], partial)
+    kept = [patch for patch in loras.patches if patch.base not in skipped]
+    return MergedSource(source, loras, kept)
+
+
+def _same(recorded: Recorded, where: Path) -> LoraFile:
+    """The file that was merged, if it is still what it was."""
+    needed = (
+        f"{where}: made with the LoRA {recorded.path} (SHA-256 {recorded.sha256}); to compare, "
+        "put that file there"
+    )
+    try:
+        file = opened(LoraSpec(Path(recorded.path), recorded.strength))
+    except DQConvertError as error:
+        raise SourceError(f"{needed} ({error})") from error
+    if file.sha256 != recorded.sha256:
+        raise SourceError(f"{needed}: what is there now is another file")
+    return file
+
+
+def recorded(said: Mapping[str, Any]) -> Recorded:
+    """A row of a manifest; KeyError, TypeError or ValueError on what is none of ours."""
+    return Recorded(
+        path=str(said["path"]),
+        sha256=str(said["sha256"]),
+        strength=float(said["strength"]),
+        partial=bool(said.get("partial")),
+        skipped=tuple(map(str, said.get("skipped", ()))),
+    )
