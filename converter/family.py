@@ -103,7 +103,8 @@ class Family:
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
     mixed schemes keep at the better format without calibration. layouts: {target: those of its
     layouts that its loader of this family reads}, the default first; names of one that differ are
-    in a dialect of its own, "<target>-<layout>". video: whether it makes videos.
+    in a dialect of its own, "<target>-<layout>". unrun: targets whose runtime has no code for it,
+    though it has names for them. video: whether it makes videos.
     unguided: in the names of models that are made to run without guidance. architecture: what GGUF
     files call it, "" where no reader of them knows it. tokens: canonical token embedding whose
     tokenizer a GGUF file holds. variant(infos, config): which of the family's models it is, in a
@@ -139,6 +140,7 @@ class Family:
     folds: tuple[Fold, ...] = ()
     outside: tuple[Linear, ...] = ()
     video: bool = False
+    unrun: tuple[str, ...] = ()
     unguided: tuple[str, ...] = ()
     architecture: str = ""
     tokens: str = ""

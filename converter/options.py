@@ -49,6 +49,7 @@ class PlanOptions:
 def runs(target: Target, family: Family) -> bool:
     """Whether a runtime has names for a family, and a word for it where its files say one."""
     named = family.dialect_of(target.NAME, target.DIALECT) in family.dialects
+    named = named and target.NAME not in family.unrun
     return named and bool(family.architecture or not hasattr(target, "ARCHITECTURE"))
 
 
