@@ -174,4 +174,6 @@ FAMILY = Family(
         Fold((f"{_BLOCK}.ff.net.0.proj",), f"{_BLOCK}.norm1.linear", shift=3, scale=4),
     ),
     unguided=("turbo",),
+    pipelines={"": "StableDiffusion3Pipeline"},
+    encoders={"text_encoder": "clip_text", "text_encoder_2": "clip_text", "text_encoder_3": "t5"},
 )
