@@ -23,32 +23,22 @@ from torch import Tensor
 
 from dqconvert.converter.canonical import entries_of
 from dqconvert.converter.family import Entry, fill, stacked_rows
+from dqconvert.converter.lora.keys import encoder_of, parse
+from dqconvert.converter.lora.names import Names
 from dqconvert.converter.precondition import Place, Precondition, load
 from dqconvert.converter.reopen import Reopened, reopen
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
 from dqconvert.quantizers.precondition import Transform
 from dqconvert.quantizers.spec import TensorInfo
 
-SUFFIXES = {
-    ".lora_A.weight": "down",
-    ".lora_A.default.weight": "down",
-    ".lora_down.weight": "down",
-    ".lora.down.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_B.default.weight": "up",
-    ".lora_up.weight": "up",
-    ".lora.up.weight": "up",
-    ".alpha": "alpha",
-    ".lora_B.bias": "bias",
-    ".diff_b": "difference",
+ROLES = {
+    "down": "down",
+    "up": "up",
+    "alpha": "alpha",
+    "up_bias": "bias",
+    "diff_b": "difference",
 }
-OURS = ("transformer.", "", "diffusion_model.", "unet.", "base_model.model.")
-THEIRS = ("diffusion_model.", "", "transformer.", "model.diffusion_model.")
-FLAT = ("lora_unet_", "lora_transformer_", "lycoris_")
-"""What may stand before a module's name; the last ones with underscores for all dots."""
-
-TEXT = ("lora_te", "text_encoder", "te1.", "te2.", "clip_")
-"""Keys of text encoders, which nothing folds."""
+"""What of a LoRA can be rewritten."""
 
 PEFT = ("diffusers", "nunchaku")
 """Dialects of runtimes that read a bias under diffusers' names only."""
@@ -116,7 +106,8 @@ def rebased(
     tensors: Mapping[str, Tensor], found: Reopened, precondition: Precondition
 ) -> dict[str, Tensor]:
     """The tensors of a LoRA for the preconditioned weights; fp32 where they change."""
-    deltas, rest = _deltas(tensors, _bases(found), precondition)
+    names = Names(found.family, _infos(found))
+    deltas, rest = _deltas(tensors, names, precondition)
     moved, problems = [], []
     for delta in deltas:
         try:
@@ -244,43 +235,19 @@ def _infos(found: Reopened) -> dict[str, TensorInfo]:
     return dict.fromkeys(sorted(found.names()), TensorInfo("BF16", ()))
 
 
-def _bases(found: Reopened) -> dict[str, tuple[str, ...]]:
-    """What a module may be called in a LoRA, and the canonical linears that it is made of."""
-    infos = _infos(found)
-    bases: dict[str, tuple[str, ...]] = {}
-    modules = [name.removesuffix(".weight") for name in infos if name.endswith(".weight")]
-    for module in modules:
-        for prefix in OURS:
-            bases.setdefault(prefix + module, (module,))
-        for prefix in FLAT:
-            bases.setdefault(prefix + module.replace(".", "_"), (module,))
-    for dialect, table in found.family.dialects.items():
-        if any(entry.columns for entry in table):
-            continue  # pieces of linears: no LoRA is written in those
-        for entry, index in entries_of(found.family, dialect, infos):
-            name = fill(entry.theirs, index).removesuffix(".*")
-            parts = tuple(fill(ours, index).removesuffix(".*") for ours in entry.ours)
-            for prefix in THEIRS:
-                bases.setdefault(prefix + name, parts)
-            for prefix in FLAT:
-                bases.setdefault(prefix + name.replace(".", "_"), parts)
-    return bases
-
-
 def _deltas(
-    tensors: Mapping[str, Tensor], bases: Mapping[str, tuple[str, ...]], precondition: Precondition
+    tensors: Mapping[str, Tensor], names: Names, precondition: Precondition
 ) -> tuple[list[Delta], dict[str, Tensor]]:
     """The LoRA by module, and what nothing folds. PlanError on keys that cannot be placed."""
     deltas: dict[str, Delta] = {}
     rest: dict[str, Tensor] = {}
     problems = []
     for key, tensor in tensors.items():
-        suffix = next((suffix for suffix in SUFFIXES if key.endswith(suffix)), None)
-        base = key.removesuffix(suffix or "")
-        if key.startswith(TEXT):
+        base, role = parse(key) or (key, "")
+        if encoder_of(key) is not None:
             rest[key] = tensor
-        elif suffix is None:
-            owner = _owner(key, bases)
+        elif role not in ROLES:
+            owner = names.owner(key)
             folded = owner and any(
                 precondition.consumed(m) or precondition.produced(m) for m in owner
             )
@@ -288,24 +255,19 @@ def _deltas(
                 rest[key] = tensor
             else:
                 problems.append(f"{key}: is no plain LoRA of a linear that is known")
-        elif base not in bases:
-            problems.append(f"{key}: the model has no such linear")
         else:
-            delta = deltas.setdefault(base, Delta(base, bases[base]))
-            delta.tensors[SUFFIXES[suffix]], delta.keys[SUFFIXES[suffix]] = tensor, key
+            home = names.tensors.get(f"{names.module(base)}.weight")
+            if home is None:
+                problems.append(f"{key}: the model has no such linear")
+                continue
+            delta = deltas.setdefault(base, Delta(base, home.modules))
+            delta.tensors[ROLES[role]], delta.keys[ROLES[role]] = tensor, key
     for base, delta in list(deltas.items()):
         if not {"down", "up"} <= delta.tensors.keys():
             problems.append(f"{base}: holds {', '.join(delta.keys)} alone; half of it is missing")
     if problems:
         raise PlanError(problems)
     return list(deltas.values()), rest
-
-
-def _owner(key: str, bases: Mapping[str, tuple[str, ...]]) -> tuple[str, ...] | None:
-    """The linears that a key belongs to, whatever its last words say."""
-    words = key.split(".")
-    names = (".".join(words[:count]) for count in range(len(words) - 1, 0, -1))
-    return next((bases[name] for name in names if name in bases), None)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,7 +21,7 @@ from dqconvert.calibration import store
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import LayerReport
 from dqconvert.converter.layers import problem_of
-from dqconvert.converter.lora.apply import again
+from dqconvert.converter.lora.again import again
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load

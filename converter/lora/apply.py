@@ -1,22 +1,18 @@
-"""From a job's LoRAs, or those that a manifest names, to the model that they make. Torch-free."""
+"""From a job's LoRAs to the model that they make, and what is recorded of them. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import Job
-from dqconvert.converter.lora.files import LoraFile, LoraSpec, opened
+from dqconvert.converter.lora.files import LoraSpec, opened
 from dqconvert.converter.lora.match import Loras, read
 from dqconvert.converter.lora.merged import MergedSource
-from dqconvert.quantizers.errors import DQConvertError, PlanError, SourceError
+from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import Scheme
-
-if TYPE_CHECKING:
-    from dqconvert.converter.manifest_reader import Manifest
 
 MERGE, BRANCH = "merge", "branch"
 """What becomes of a LoRA: part of the weights, or of the low-rank branches beside them."""
@@ -88,36 +84,6 @@ def record(loras: Loras, partial: bool, skipped: Sequence[str] = ()) -> list[dic
         }
         for file in loras.files
     ]
-
-
-def again(source: CanonicalSource, manifest: Manifest, where: Path) -> CanonicalSource:
-    """A model with the LoRAs that a manifest names merged once more. where: for messages.
-
-    Raises SourceError that says what is missing or was changed.
-    """
-    if not manifest.loras:
-        return source
-    files = [_same(one, where) for one in manifest.loras]
-    skipped = {base for one in manifest.loras for base in one.skipped}
-    partial = any(one.partial for one in manifest.loras)
-    loras = read(files, source, manifest.component.partition(".")[0], partial)
-    kept = [patch for patch in loras.patches if patch.base not in skipped]
-    return MergedSource(source, loras, kept)
-
-
-def _same(recorded: Recorded, where: Path) -> LoraFile:
-    """The file that was merged, if it is still what it was."""
-    needed = (
-        f"{where}: made with the LoRA {recorded.path} (SHA-256 {recorded.sha256}); to compare, "
-        "put that file there"
-    )
-    try:
-        file = opened(LoraSpec(Path(recorded.path), recorded.strength))
-    except DQConvertError as error:
-        raise SourceError(f"{needed} ({error})") from error
-    if file.sha256 != recorded.sha256:
-        raise SourceError(f"{needed}: what is there now is another file")
-    return file
 
 
 def recorded(said: Mapping[str, Any]) -> Recorded:
