@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dqconvert.converter.canonical import CanonicalSource, Infos
+from dqconvert.converter.canonical import CanonicalSource, Infos, expected
 from dqconvert.converter.detect import OTHERS
 from dqconvert.converter.family import stacked_rows
 from dqconvert.converter.precondition import KEY, PreconditionedSource, load
@@ -40,7 +40,7 @@ class DequantizedSource(CanonicalSource):
 
     def __init__(self, found: Reopened) -> None:
         self.source, self.family = found.source, found.family
-        self.dialect, self.origins = found.manifest.dialect, {}
+        self.dialect, self.origins = _dialect(found), {}
         self._found = found
         forms = {layer.name: layer.form for layer in found.layers}
         self._layers = Layers(found.source, found.target.unpack, forms)
@@ -52,7 +52,8 @@ class DequantizedSource(CanonicalSource):
             pieces.sort(key=lambda piece: _starts_late(piece[0]))
         others = (*found.family.unread, *OTHERS)
         known = sorted(name for name in found.names() if self._is_read(name))
-        ours = [name for name in known if not name.startswith(others)]
+        required, optional = expected(found.family, known)
+        ours = [k for k in known if k in required or k in optional or not k.startswith(others)]
         self.infos: Infos = {name: self._info(name) for name in ours}
         self.ignored = found.source.outside + len(known) - len(ours)
 
@@ -130,6 +131,14 @@ class DequantizedSource(CanonicalSource):
             return TensorInfo(bias_dtype(layer.form), (stop - start,))
         width = sum(piece.form.shape[1] for piece, _ in self._pieces[module])
         return TensorInfo("BF16", (stop - start, width))
+
+
+def _dialect(found: Reopened) -> str:
+    """The naming of what the file was made from: as it says, or its own where it says nothing."""
+    if found.manifest.scheme is not None or found.dialect not in found.family.sources:
+        return found.manifest.dialect
+    named = any(layer.modules != (layer.name,) for layer in found.layers)
+    return found.dialect if named else "diffusers"
 
 
 def _starts_late(layer: PackedLayer) -> bool:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dqconvert.converter.detect import open_canonical
-from dqconvert.converter.reopen import reopen
+from dqconvert.converter.opening import open_model
+from dqconvert.converter.reopen import NoFamily, reopen
 from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
 from dqconvert.formats.gguf_readers import readers
 from dqconvert.formats.gguf_source import GGUFSource, decoded_types
@@ -44,8 +44,11 @@ def inspect(path: Path) -> Inspection:
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
     if recognize(source.infos, source.metadata, config) or decoded_types(source):
-        return _quantized(path)
-    found = open_canonical(source, weights)
+        try:
+            return _quantized(path)
+        except NoFamily:  # in names that the runtime does not read
+            pass
+    found = open_model(weights, config)
     facts = {
         "family": found.family.title,
         "dialect": found.dialect,
@@ -60,7 +63,11 @@ def inspect(path: Path) -> Inspection:
     }
     if found.ignored:
         facts["ignored"] = f"{found.ignored} tensors of other components"
-    return Inspection(facts, dict(Counter(info.dtype for info in found.infos.values())))
+    for number, note in enumerate(found.notes, start=1):
+        facts[f"note {number}"] = note
+    held = dict.fromkeys(at.tensor for at in found.origins.values())
+    types = Counter(source.infos[name].dtype for name in held if name in source.infos)
+    return Inspection(facts, dict(types))
 
 
 def _in_parts(path: Path, error: SourceError) -> Inspection:

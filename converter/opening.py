@@ -13,7 +13,7 @@ from typing import Any
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.dequantized import plain_weights
 from dqconvert.converter.detect import open_canonical
-from dqconvert.converter.reopen import reopen
+from dqconvert.converter.reopen import NoFamily, reopen
 from dqconvert.formats.comfy import ENTRIES
 from dqconvert.formats.gguf_source import Decoded
 from dqconvert.formats.scaled_source import Rescaled, has_bytes
@@ -57,13 +57,14 @@ def _quantized(
     try:
         return _reopened(path)
     except SourceError as error:
-        for other in (_unpacked(source, known), _by_scales(source)):
-            try:
-                if other is not None:
-                    return open_canonical(other, path, "", config)
-            except SourceError:
-                continue
-        raise error
+        said = error
+    for other in (_unpacked(source, known), _by_scales(source)):
+        try:
+            if other is not None:
+                return open_canonical(other, path, "", config)
+        except SourceError as error:
+            said = error if isinstance(said, NoFamily) else said
+    raise said
 
 
 def _reopened(path: Path) -> CanonicalSource:

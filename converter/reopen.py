@@ -274,6 +274,10 @@ class Reopened:
             yield PackedLayer(name, entry, index, form)
 
 
+class NoFamily(SourceError):
+    """A file that a target recognises, of a model that no table knows in the target's names."""
+
+
 def reopen(path: Path) -> Reopened:
     """Open a folder that we wrote, or a quantized file.
 
@@ -295,14 +299,16 @@ def reopen(path: Path) -> Reopened:
         if family.dialect_of(goal.NAME, goal.DIALECT) in family.dialects
     ]
     best = max(known_families, key=Reopened.likeness)
+    if best.likeness() <= 0.5:
+        raise NoFamily(f"{path}: a {target.NAME} file of no known family")
     if best.family.hidden in best.kept and best.layers:
         return best
-    if best.layers and best.likeness() > 0.5:
+    if best.layers:
         table = best.table
         rows = [leaf for entry in table for leaf in leaves(entry)]
         theirs = [row.theirs for row in rows if row.ours == (best.family.hidden,)]
         raise SourceError(f"{path}: {(*theirs, best.family.hidden)[0]}: missing from the file")
-    raise SourceError(f"{path}: a {target.NAME} file of no known family")
+    raise NoFamily(f"{path}: a {target.NAME} file of no known family")
 
 
 def _said(source: RawSource, whole: RawSource) -> Mapping[str, Any]:

@@ -92,13 +92,13 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [one.filename for one in archive.infolist() if one.compress_type]
-    except zipfile.BadZipFile as error:
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}") from error
+    except _UNREADABLE as error:
         raise SourceError(
             f"{path}: no archive of torch.save, or cut off ({error}); download it again, or if it "
             "was saved by a torch before 1.6, load it there and save it as .safetensors"
         ) from error
-    except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}") from error
     if packed:
         raise SourceError(f"{path}: {packed[0]} is compressed, which torch.save does not do")
 

@@ -106,7 +106,7 @@ def _files_in(folder: Path) -> tuple[Path, ...]:
     blocks = sorted(folder.glob(f"*{GGUF_SUFFIX}"))
     if len(indexes) == 1 and not blocks:
         return _indexed(indexes[0])
-    found = _plain(folder.glob("*.safetensors"))
+    found = _plain(path for end in (".safetensors", ".sft") for path in folder.glob(f"*{end}"))
     if not (indexes or found or blocks):
         indexes = _plain(folder.glob(f"*{BIN_INDEX}"))
         found = _plain(path for end in PICKLES for path in folder.glob(f"*{end}"))

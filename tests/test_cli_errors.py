@@ -204,19 +204,6 @@ def test_a_lone_transformer_cannot_calibrate(here: Path, pipeline: Path) -> None
     done(*words, "--pipeline", pipeline, "--dry-run")
 
 
-def test_what_is_already_quantized_is_refused(here: Path, pipeline: Path) -> None:
-    for scheme, target in PAIRS:
-        out = here / f"{scheme}-{target}"
-        done(pipeline, "--scheme", scheme, "--target", target, "-o", out, "-q")
-        text = refused(here, out, "--scheme", "int8", "-o", "again")
-        assert str(out) in text and f"already quantized, for {target}" in text
-    tensors = checkpoints.weights_of(pipeline)
-    tensors[QKV] = tensors[QKV].to(torch.float8_e4m3fn)
-    save_file(tensors, here / "fp8.safetensors")
-    text = refused(here, "fp8.safetensors", "--scheme", "int8")
-    assert f"fp8.safetensors: tensor {QKV} is F8_E4M3" in text and "already quantized" in text
-
-
 # --------------------------------------------------------------------------- the disk
 
 

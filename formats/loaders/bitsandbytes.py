@@ -92,11 +92,12 @@ class BitsAndBytes(Loader):
             return None
         eight = said.get("load_in_8bit") is True
         layout = DOUBLE if said.get("bnb_4bit_use_double_quant") is True else SINGLE
-        problems = [
-            line
+        lines = {
+            key: disagreements(f"config {key}", said.get(key, value), [value])
             for key, value in _said(eight, layout == DOUBLE).items()
-            for line in disagreements(f"config {key}", said.get(key, value), [value])
-        ]
+        }
+        problems = [line for found in lines.values() for line in found]
+        loading = tuple(line for key in _COMPUTED for line in lines.get(key, ()))
         parts = ("SCB", "weight_format") if eight else ("weight.absmax", "weight.quant_map", STATE)
         found = [layer for part in parts for layer in layers_with(infos, part)]
         shapes = {} if eight else json_object(metadata.get(SHAPES)) or {}
@@ -109,8 +110,18 @@ class BitsAndBytes(Loader):
             spec = schemes()["bnb-int8" if eight else "bnb-nf4"].weight
             form = with_bias(PackedForm(spec, shape, layout=layout), layer, infos)
             forms[layer] = form
-            problems += checked(self, layer, form, infos)
-        return Recognized(scheme_for(TARGET, forms.values()), 0, forms, tuple(problems))
+            problems += checked(self, layer, form, _any_length(layer, form, infos))
+        name = scheme_for(TARGET, forms.values())
+        return Recognized(name, 0, forms, tuple(problems), loading=loading)
+
+
+_COMPUTED = (
+    "bnb_4bit_compute_dtype",
+    "llm_int8_threshold",
+    "llm_int8_enable_fp32_cpu_offload",
+    "llm_int8_has_fp16_weight",
+)
+"""What a config says of the product alone, and nothing of the weights."""
 
 
 def _said(eight: bool, double: bool) -> dict[str, Any]:
@@ -126,6 +137,15 @@ def _said(eight: bool, double: bool) -> dict[str, Any]:
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
     }
+
+
+def _any_length(layer: str, form: PackedForm, infos: Infos) -> Infos:
+    """The header with the JSON of a layer as long as ours; bytes decide what it says."""
+    name, found = f"{layer}.{STATE}", infos.get(f"{layer}.{STATE}")
+    if found is None or found.dtype != "U8" or len(found.shape) != 1:
+        return infos
+    ours = Nf4(form.layout == DOUBLE).promise(form).get(STATE, found)
+    return {**infos, name: ours}
 
 
 def _shape(layer: str, infos: Infos, said: Any, eight: bool) -> tuple[int, int] | str:
