@@ -14,6 +14,7 @@ from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.family import stacked_rows
 from dqconvert.converter.plan import LayerPlan
 from dqconvert.converter.reopen import PackedLayer, Reopened
+from dqconvert.formats.form import PackedForm
 from dqconvert.quantizers.spec import TensorInfo
 
 if TYPE_CHECKING:
@@ -110,6 +111,21 @@ class PackedSource(CanonicalSource):
             width = sum(piece.form.shape[1] for piece, _ in self.pieces[module])
             return TensorInfo("BF16", (stop - start, width))
         return self.found.info_of(name)
+
+
+def unfit(form: PackedForm | None, found: PackedForm) -> str | None:
+    """Why a packed layer cannot be one of that form, by headers; None where it may."""
+    if form is None:
+        return None
+    one, two = (
+        (s.code, s.tile, s.zero_point, s.unit, s.tensor_scale is None, s.scale[:2] == "F8")
+        for s in (form.spec, found.spec)
+    )
+    if one != two:
+        return f"{found.spec.code} in tiles of {found.spec.tile} would have to be rounded again"
+    if form.input_scale and not found.input_scale:
+        return "the runtime wants a static scale of its input, and the file has none"
+    return None
 
 
 def _start(piece: tuple[PackedLayer, int]) -> bool:

@@ -18,9 +18,7 @@ from dqconvert.converter.job import LayerReport
 from dqconvert.converter.plan import LayerPlan, Plan
 from dqconvert.converter.regroup import PackedSource
 from dqconvert.formats.fileset import FileSet
-from dqconvert.formats.form import PackedForm
 from dqconvert.quantizers import slicing
-from dqconvert.quantizers.spec import QuantSpec
 from dqconvert.quantizers.tensors import TORCH_DTYPES, QuantizedTensor
 
 PARTS = {
@@ -88,28 +86,15 @@ def logical(plan: Plan, layer: LayerPlan, source: PackedSource) -> QuantizedTens
     """A layer as the form wants it, before its low-rank branch is widened. ValueError if none."""
     assert layer.form is not None
     q = source.layer(layer)
-    reason = unlike(layer.form, q.spec)
-    if reason is None and q.rotation != layer.form.rotation:
+    reason = None
+    if q.rotation != layer.form.rotation:
         reason = f"it is rotated in groups of {q.rotation}, there of {layer.form.rotation}"
     if reason is None and q.smooth is not None and not (layer.form.smooth or layer.form.rank):
         reason = "the runtime divides no inputs by a smooth vector"
-    if reason is None and layer.form.input_scale and q.input_scale is None:
-        reason = "the runtime wants a static scale of its input, which the file has not"
     if reason is not None:
         raise ValueError(reason)
     q = slicing.shifted(q, layer.form.shift)
     return replace(q, spec=layer.form.spec, zero=_whole(q.zero))
-
-
-def unlike(form: PackedForm, spec: QuantSpec) -> str | None:
-    """Why a layer's weights would have to be rounded again, None where they need not."""
-    one, two = (
-        (s.code, s.tile, s.zero_point, s.unit, s.tensor_scale is None, s.scale[:2] == "F8")
-        for s in (form.spec, spec)
-    )
-    if one == two:
-        return None
-    return f"{spec.code} in tiles of {spec.tile} is not {form.spec.code} in {form.spec.tile}"
 
 
 def _pack(
@@ -132,7 +117,7 @@ def _pack(
         if losses.problems:
             continue
         q = _fitted(layer, q, plan, source, losses)
-        tensors = plan.target.pack(layer.form, q)
+        tensors = plan.target.pack(layer.form, _rounded(q))
         again = plan.target.unpack(layer.form, tensors)
         _compare(layer.name, q, again, losses)
         for suffix, tensor in tensors.items():
@@ -186,6 +171,14 @@ def _fitted(
     if q.bias is None and layer.form.bias and not layer.form.rank and not layer.form.splits:
         q = replace(q, bias=torch.zeros(layer.form.shape[0]))
     return q
+
+
+def _rounded(q: QuantizedTensor) -> QuantizedTensor:
+    """Scales in the dtypes that the runtime has them in, whatever the file has room for."""
+    second = q.tensor_scale
+    if second is not None and q.spec.tensor_scale is not None:
+        second = second.to(TORCH_DTYPES[q.spec.tensor_scale])
+    return replace(q, scale=q.scale.to(TORCH_DTYPES[q.spec.scale]), tensor_scale=second)
 
 
 def _compare(name: str, q: QuantizedTensor, again: QuantizedTensor, losses: Losses) -> None:

@@ -21,7 +21,7 @@ from dqconvert.converter.job import Job, Progress, Report
 from dqconvert.converter.options import KEEP, PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.prepare import Prepared, check_apart
-from dqconvert.converter.regroup import PackedSource
+from dqconvert.converter.regroup import PackedSource, unfit
 from dqconvert.converter.reopen import Reopened, reopen
 from dqconvert.converter.resolve import Model, read_json
 from dqconvert.converter.statistics import config_of
@@ -184,7 +184,12 @@ class _Planner:
         if "lowrank" in scheme(self.name).steps:
             options = replace(options, rank=self.source.found.recognized.rank or None)
         plan = self.plan(options)
+        lacking = self._unfit(plan)
+        if lacking and self.wish.dequantize_kept and self.goal.PARTIAL:
+            options = replace(options, choices={**options.choices, **dict.fromkeys(lacking, KEEP)})
+            plan, lacking = self.plan(options), {}
         problems = [*self._unquantized(plan), *self._quantized(plan)]
+        problems += [f"{name}: {reason}" for name, reason in self._by_row(lacking)]
         if problems:
             raise PlanError(problems)
         if plan.context.rank:
@@ -192,6 +197,25 @@ class _Planner:
         kept = [m for layer in plan.layers if layer.reason == "kept" for m in layer.modules]
         choices = {module: own for module, own in options.choices.items() if own != KEEP}
         return replace(options, choices=choices, keep=_expression(self.source, kept))
+
+    def _unfit(self, plan: Plan) -> dict[str, str]:
+        """Linears whose layers hold too little for the target, or another format, and why."""
+        hint = "; --dequantize-kept makes it 16 bit" if self.goal.PARTIAL else ""
+        found: dict[str, str] = {}
+        for layer in plan.layers:
+            for module in layer.modules if layer.form else ():
+                for piece, _ in self.source.pieces.get(module, ()):
+                    reason = unfit(layer.form, piece.form)
+                    if reason is not None:
+                        found[module] = f"{reason}{hint}"
+        return found
+
+    def _by_row(self, reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+        """Names and reasons, one for those of all blocks."""
+        found: dict[tuple[str, str], None] = {}
+        for module, reason in reasons.items():
+            found |= {(name, reason): None for name in self._rows([module])}
+        return list(found)
 
     def _unquantized(self, plan: Plan) -> Iterator[str]:
         """Linears that the target must have quantized, and the file has not."""
@@ -282,9 +306,11 @@ def _expression(source: PackedSource, modules: list[str]) -> str | None:
 def _check_static(goal: Target, name: str, options: PlanOptions) -> None:
     """PlanError where a runtime needs ranges of inputs that the file does not hold."""
     main = scheme(name)
-    if options.calibrated or goal.accepts(main) is not None:
+    known = () if goal.accepts(main) is not None else goal.layouts(main)
+    layout = known[0] if options.layout is None and known else options.layout
+    if options.calibrated or layout not in known:
         return
-    if goal.static(goal.adapt(main, options.layout or goal.layouts(main)[0]), "") == "required":
+    if goal.static(goal.adapt(main, layout or ""), layout or "") == "required":
         raise PlanError(
             [
                 f"target {goal.NAME} needs a static scale of every input, and the file has none; "
@@ -351,7 +377,7 @@ def _history(found: Reopened) -> dict[str, Any]:
         "files": {path.name: _sha256(path) for path in found.source.files},
         "before": said.get("transcoded"),
     }
-    kept = {key: said[key] for key in ("source", "calibration") if said.get(key)}
+    kept = {key: said[key] for key in ("source", "calibration", "loras") if said.get(key)}
     options = said.get("options")
     rounding = options.get("rounding") if isinstance(options, dict) else None
     return {**kept, "transcoded": made, "options": {"rounding": rounding}}
