@@ -134,8 +134,11 @@ class Reopened:
 
     @property
     def hidden(self) -> int:
-        """The model's hidden size, from a tensor that no target quantizes."""
-        return self.source.infos[self.kept[self.family.hidden][0]].shape[0]
+        """The model's hidden size: the rows of one tensor, packed or not."""
+        name = self.family.hidden
+        if name in self.kept:
+            return self.source.infos[self.kept[name][0]].shape[0]
+        return next(one.form.shape[0] for one in self.layers if f"{one.modules[0]}.weight" == name)
 
     def names(self) -> set[str]:
         """Canonical tensors that the file can give."""
@@ -301,7 +304,7 @@ def reopen(path: Path) -> Reopened:
     best = max(known_families, key=Reopened.likeness)
     if best.likeness() <= 0.5:
         raise NoFamily(f"{path}: a {target.NAME} file of no known family")
-    if best.family.hidden in best.kept and best.layers:
+    if best.layers and best.family.hidden in best.names():
         return best
     if best.layers:
         table = best.table
