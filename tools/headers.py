@@ -19,6 +19,9 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
 FOLDER = TESTS / "data" / "headers"
+_BLOCK = re.compile(r"(?<=\.transformer_blocks\.)\d+(?=\.)")
+"""The block of a U-Net, whose transformers are numbered as well."""
+
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -28,7 +31,7 @@ def packed(shapes: Shapes) -> dict[str, list[int]]:
     found: dict[tuple[str, tuple[int, ...]], list[int]] = {}
     plain: dict[str, list[int]] = {}
     for name, shape in shapes.items():
-        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        number = _BLOCK.search(name) or re.search(r"(?<=\.)\d+(?=\.)", name)
         if number is None:
             plain[name] = list(shape)
             continue

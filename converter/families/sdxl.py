@@ -204,6 +204,7 @@ FAMILY = Family(
         # Read by their shapes to tell the model (comfy/model_detection.py, model_config_from_unet).
         "comfyui": _TEXT,
     },
+    unrun=("sglang", "vllm"),
     unguided=("turbo", "lightning", "lcm", "hyper"),
     variant=_variant,
     pipelines={

@@ -36,8 +36,9 @@ SMALL = {
     "cross_attention_dim": 128,
     "projection_class_embeddings_input_dim": 1600,
 }
+SHALLOW = {"transformer_layers_per_block": (1, 1, 1)}
 CONFIGS = (config(**SMALL), config(**SMALL, in_channels=9))
-REAL = {"sdxl": config(), "sdxl-inpaint": config(in_channels=9)}
+REAL = {"sdxl": config()}
 CONVERTER = "convert_ldm_unet_checkpoint"
 
 
