@@ -111,7 +111,8 @@ def open_canonical(
     if part and not names:
         raise SourceError(f"{path}: no tensor's name begins with {part}")
     readings = list(_readings(source, names))
-    found = max((one for one in readings if one.fits), key=lambda one: one.nbytes, default=None)
+    fitting = (one for one in readings if one.fits)
+    found = max(fitting, key=lambda one: (one.nbytes, -len(one.prefix)), default=None)
     if found is not None:
         return _opened(found, path)
     family = generic.family_of(source.infos, config or {})
@@ -136,7 +137,8 @@ def _readings(source: Source, names: Sequence[str]) -> Iterator[_Reading]:
             behind[prefix] = held
     for family in families().values():
         for prefix, held in behind.items():
-            if prefix in family.prefixes or prefix in WRAPPERS:
+            # Encoders spell their own prefixes, by which one is told from another.
+            if prefix in family.prefixes or prefix in (WRAPPERS if family.task else WRAPPERS[:1]):
                 for dialect in family.sources:
                     reading = _Reading(source, family, dialect, prefix, held)
                     if reading.likeness():

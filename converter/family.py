@@ -112,7 +112,9 @@ class Family:
     pipeline class}, the row "" for variants without one. fields: of a line of prompts, those that
     the pipelines take. encoders: {component of the pipeline: the family of its weights}. folds:
     where the model itself can hold a smooth vector and a center. outside: linears outside the
-    blocks that some policy names.
+    blocks that some policy names. spellings: {target: dialects that it may be written in}
+    where that depends on the class of the model; spelling(class): the one. passengers: {beginning of names of tensors that
+    are another part of the same model: targets whose files hold them too}.
     """
 
     name: str
@@ -149,10 +151,24 @@ class Family:
     fields: tuple[str, ...] = ("prompt", "negative_prompt")
     encoders: Mapping[str, str] = field(default_factory=dict)
     layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spelling: Callable[[str], str] = lambda name: "transformers"
+    passengers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def dialect_of(self, target: str, dialect: str) -> str:
-        """The naming that a target writes: one of its own if the family has it, else its usual."""
+    def dialect_of(self, target: str, dialect: str, own: str = "") -> str:
+        """The naming that a target writes: one of its own if the family has it, else its usual.
+
+        own: the class of a model of transformers, whose modules' names are written.
+        """
+        spellings = self.spellings.get(target)
+        if spellings is not None:
+            return self.spelling(own)
         return target if target in self.dialects else dialect
+
+    def carries(self, target: str, name: str) -> bool:
+        """Whether a target's file holds a tensor of the checkpoint, if it is of another part."""
+        starts = (start for start in self.passengers if name.startswith(start))
+        return all(target in self.passengers[start] for start in starts)
 
     def layout_dialect(self, dialect: str, layout: str) -> str:
         """The naming of one layout: one of its own if the family has it, else the dialect."""

@@ -29,7 +29,8 @@ class PlanOptions:
     linear: scheme, or KEEP} where some differ from the rest; overrides: (regular expression over
     canonical linears, scheme), the first match wins; settings: what is said of the target alone;
     provenance: where the model comes from, by the keys that GGUF files have for it; bits: of a
-    weight on average, where each layer gets a scheme of a menu.
+    weight on average, where each layer gets a scheme of a menu; config: what config.json says of a
+    model that is none of diffusers.
     """
 
     rank: int | None = None
@@ -44,6 +45,13 @@ class PlanOptions:
     settings: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     bits: float | None = None
+    config: Mapping[str, Any] | None = None
+
+
+def class_of(config: Mapping[str, Any] | None) -> str:
+    """The class that a config.json of transformers names, "" where it names none."""
+    named = (config or {}).get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def runs(target: Target, family: Family) -> bool:

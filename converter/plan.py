@@ -11,7 +11,7 @@ from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource, composed_info, entries_of
 from dqconvert.converter.family import Entry, Linear, fill, leaves, match
-from dqconvert.converter.options import KEEP, PlanOptions, customised
+from dqconvert.converter.options import KEEP, PlanOptions, class_of, customised
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.targets import Target, fitted
 from dqconvert.quantizers import schemes
@@ -111,12 +111,12 @@ def make_plan(
     scheme, layout = customised(target, scheme, options, source)
     planner = _Planner(source, target, scheme, options, layout)
     family = source.family
-    dialect = family.layout_dialect(family.dialect_of(target.NAME, target.DIALECT), layout)
+    dialect = family.dialect_of(target.NAME, target.DIALECT, class_of(options.config))
+    dialect = family.layout_dialect(dialect, layout)
+    held = {k: info for k, info in source.infos.items() if family.carries(target.NAME, k)}
     layers = tuple(
         planner.layer(entry, index)
-        for entry, index in entries_of(
-            family, dialect, source.infos, outside=layout in family.policies
-        )
+        for entry, index in entries_of(family, dialect, held, outside=layout in family.policies)
     )
     if not planner.matched:
         planner.problems.append(f"--keep {options.keep}: matches no linear that is quantized")
@@ -132,9 +132,13 @@ def make_plan(
         model=model,
         scheme=scheme,
         rank=planner.rank,
-        config=config,
+        config=config if options.config is None else options.config,
         layers={layer.name: layer.form for layer in layers if layer.form},
-        facts={"architecture": family.architecture, **family.facts(dialect, config)},
+        facts={
+            "architecture": family.architecture,
+            "library": "diffusers" if options.config is None else "transformers",
+            **family.facts(dialect, config),
+        },
         kept=tuple(
             name.removesuffix(".weight")
             for layer in layers

@@ -19,7 +19,13 @@ from dqconvert.converter.opening import open_model
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
-from dqconvert.converter.statistics import SECOND, Calibration, config_of, plan_calibration
+from dqconvert.converter.statistics import (
+    SECOND,
+    Calibration,
+    config_of,
+    foreign_config,
+    plan_calibration,
+)
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.targets import Target, gguf, target
 from dqconvert.quantizers.errors import OutputError, PlanError
@@ -191,6 +197,7 @@ def prepare(job: Job) -> Prepared:
         settings=job.settings,
         provenance=_provenance(model) | (tokens or {}),
         bits=job.bits,
+        config=foreign_config(model, source, goal),
     )
     identity = (model.name, config_of(model, source))
     plan, branch = make_plan(source, goal, chosen, options, identity), None

@@ -6,7 +6,7 @@ each packed layer is made of. Every canonical tensor can then be read, dequantiz
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from dqconvert.converter.family import (
     viewed,
 )
 from dqconvert.converter.manifest_reader import read_manifest
+from dqconvert.converter.options import class_of
 from dqconvert.converter.resolve import read_json
 from dqconvert.formats import comfy_files
 from dqconvert.formats.folder import MANIFEST
@@ -83,10 +84,9 @@ class Reopened:
         self.numbers: Decoded | Rescaled = (
             Decoded(source) if isinstance(source, GGUFSource) else Rescaled(source)
         )
-        self.family, self.recognized = family, recognized
+        self.family, self.recognized, self.config = family, recognized, config
         forms = {name: f for name, f in recognized.forms.items() if self._is_linear(name, f)}
         self.recognized = replace(recognized, forms=forms)
-        self.config = config
         self.path = source.files[0]
         self.root = self.path.parent
         if target.FOLDER and self.root.name == target.FOLDER:
@@ -97,7 +97,8 @@ class Reopened:
     def dialect(self) -> str:
         """The naming that the target writes this family in."""
         layout = next((form.layout for form in self.recognized.forms.values()), "")
-        usual = self.family.dialect_of(self.target.NAME, self.target.DIALECT)
+        own = class_of(self.config)
+        usual = self.family.dialect_of(self.target.NAME, self.target.DIALECT, own)
         return self.family.layout_dialect(usual, layout)
 
     @property
@@ -160,6 +161,11 @@ class Reopened:
         found = [name in names for name in self.family.signature]
         return sum(found) / len(found) - 0.01 * any(name in names for name in self.family.foreign)
 
+    def is_named(self) -> bool:
+        """Whether the metadata call the model what this family is called."""
+        said = self.source.metadata.get(getattr(self.target, "ARCHITECTURE", ""))
+        return bool(said) and said == self.family.architecture
+
     def missing(self) -> list[str]:
         """Canonical tensors that a model of this depth must have, and the file has not."""
         required, _ = expected(self.family, self.names())
@@ -168,7 +174,13 @@ class Reopened:
     def unexpected(self) -> list[str]:
         """Tensors of the file that no model of this family has."""
         required, optional = expected(self.family, self.names())
-        return sorted(self.kept[name][0] for name in self.kept.keys() - required - optional)
+        others = (name for name in self.kept.keys() - required - optional)
+        passengers, target = tuple(self.family.passengers), self.target.NAME
+        return sorted(
+            self.kept[name][0]
+            for name in others
+            if not (name.startswith(passengers) and self.family.carries(target, name))
+        )
 
     def unpacked(self) -> list[str]:
         """Canonical linears of blocks that are there, but not quantized."""
@@ -277,6 +289,13 @@ class Reopened:
             yield PackedLayer(name, entry, index, form)
 
 
+def _nearest(readings: Sequence[Reopened]) -> Reopened:
+    """The reading that is most like its family; of several alike, the one that explains most."""
+    likeness = [one.likeness() + 0.2 * one.is_named() for one in readings]
+    alike = [one for one, found in zip(readings, likeness, strict=True) if found == max(likeness)]
+    return alike[0] if len(alike) == 1 else min(alike, key=lambda one: len(one.unexpected()))
+
+
 class NoFamily(SourceError):
     """A file that a target recognises, of a model that no table knows in the target's names."""
 
@@ -301,7 +320,7 @@ def reopen(path: Path) -> Reopened:
         for family in families().values()
         if family.dialect_of(goal.NAME, goal.DIALECT) in family.dialects
     ]
-    best = max(known_families, key=Reopened.likeness)
+    best = _nearest(known_families)
     if best.likeness() <= 0.5:
         raise NoFamily(f"{path}: a {target.NAME} file of no known family")
     if best.layers and best.family.hidden in best.names():

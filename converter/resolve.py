@@ -36,9 +36,10 @@ class Model:
     """A model on this machine.
 
     name: short, for file names; path: of the transformer's weights; pipeline: folder with
-    model_index.json, None where only the transformer is there; config: of the transformer, None
-    where no config.json lies beside it; origin: what a model card names as its base; license: of
-    the base model, if known; part: what the names of tensors begin with that are meant.
+    model_index.json, None where only the transformer is there; config: of the transformer, or of an
+    encoder in transformers' words, None where no config.json lies beside it; origin: what a model
+    card names as its base; license: of the base model, if known; part: what the names of tensors
+    begin with that are meant.
     """
 
     name: str
@@ -139,7 +140,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     config = read_json(path)
-    return config if "_class_name" in config else None
+    return config if "_class_name" in config or "model_type" in config else None
 
 
 def _short(path: Path) -> str:

@@ -22,6 +22,7 @@ from dqconvert.converter.lora.apply import merged
 from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.resolve import Model, read_json, resolve
+from dqconvert.formats.targets import Target
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
 
 if TYPE_CHECKING:
@@ -182,6 +183,22 @@ def config_of(model: Model, source: CanonicalSource) -> dict[str, Any]:
                 "the checkpoint is incomplete, or the config is another model's"
             )
     return implied | said
+
+
+def foreign_config(model: Model, source: CanonicalSource, target: Target) -> dict[str, Any] | None:
+    """The config.json of a transformers model, None where the target wants a diffusers one or none.
+
+    SourceError where there is none to copy: the shapes do not imply all of it.
+    """
+    if target.NAME not in source.family.spellings:
+        return None
+    said = model.config or {}
+    if "model_type" not in said:
+        raise SourceError(
+            f"{model.path}: no config.json of transformers lies beside the {source.family.title}, "
+            f"which target {target.NAME} needs; give the folder of the encoder or its pipeline"
+        )
+    return {key: value for key, value in said.items() if not _PACKED.match(key)}
 
 
 def _writable(path: Path) -> None:

@@ -27,7 +27,7 @@ from dqconvert.converter.plan import LayerPlan, Plan, make_plan
 from dqconvert.converter.precondition import PreconditionedSource, PreconditionedStats, load
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
-from dqconvert.converter.statistics import cache, config_of
+from dqconvert.converter.statistics import cache, config_of, foreign_config
 from dqconvert.converter.work import Stats
 from dqconvert.converter.written import options_of, scheme_of
 from dqconvert.formats import recognition
@@ -142,7 +142,8 @@ class _Reference:
             open_model(model.path, model.config, model.part), found.manifest, found.path
         )
         identity = (model.name, config_of(model, self.source))
-        options = options_of(found, scheme_name)
+        config = foreign_config(model, self.source, found.target)
+        options = replace(options_of(found, scheme_name), config=config)
         plan = partial(make_plan, self.source, found.target, scheme(scheme_name))
         try:
             self.plan: Plan = plan(options, identity)

@@ -82,12 +82,9 @@ def test_both_sets_of_names_compute_the_same() -> None:
 
 
 def test_what_belongs_to_others_is_not_read() -> None:
-    """Tied embeddings, ComfyUI's tokenizer, and the half of CLIP that reads text."""
+    """Tied embeddings, and the half of CLIP that reads text."""
     t5 = checkpoints.filled(meta_model(SMALL_T5))
-    more = {
-        "encoder.embed_tokens.weight": t5["shared.weight"],
-        "spiece_model": torch.zeros(9, dtype=torch.uint8),
-    }
+    more = {"encoder.embed_tokens.weight": t5["shared.weight"]}
     found = open_canonical(Memory(t5 | more), PATH)
     assert found.family.name == "umt5" and dict(found.infos) == checkpoints.infos_of(t5)
     clip = checkpoints.filled(meta_model(configs.CONFIGS["clip_vision"][0]))
@@ -143,11 +140,25 @@ def test_lightx2v_gets_the_layers_that_its_modules_quantize(
         assert plan.outputs.keys() == native.keys() | {f"{layer}.weight_scale" for layer in layers}
 
 
-@pytest.mark.parametrize("name", ["umt5", "clip_vision"])
-@pytest.mark.parametrize("target", ["comfyui", "diffusers"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [("clip_vision", "comfyui"), ("clip_vision", "diffusers"), ("umt5", "sglang"), ("t5", "vllm")],
+)
 def test_other_targets_do_not_run_encoders(name: str, target: str) -> None:
+    """SGLang and vLLM-Omni load text encoders in 16 bit."""
     config = configs.CONFIGS[name][0]
     source = open_canonical(Memory(meta_model(config)), PATH)
     with pytest.raises(PlanError, match=f"{target} does not run {families()[name].title}"):
-        some = scheme("fp8-tensor" if target == "comfyui" else "svdquant-nvfp4")
+        some = scheme("svdquant-nvfp4" if target == "diffusers" else "fp8-tensor")
         make_plan(source, targets()[target], some, PlanOptions(), (name, config))
+
+
+def test_tokenizers_inside_files_go_where_they_are_read() -> None:
+    """ComfyUI's UMT5 has its tokenizer beside the weights; others have no place for it."""
+    state = meta_model(configs.CONFIGS["umt5"][-1]) | {"spiece_model": torch.zeros(9).byte()}
+    source = open_canonical(Memory(state), PATH)
+    for target, there in (("comfyui", True), ("lightx2v", False), ("gguf", False)):
+        kind = {"comfyui": "fp8-tensor", "lightx2v": "int8", "gguf": "gguf-q8_0"}[target]
+        identity = ("umt5", configs.CONFIGS["umt5"][-1])
+        plan = make_plan(source, targets()[target], scheme(kind), PlanOptions(), identity)
+        assert ("spiece_model" in plan.outputs) == there

@@ -253,7 +253,14 @@ def test_a_whole_encoder_gives_its_language_model() -> None:
         for name in ("qwen25_vl", "qwen25_vl_vision")
     ]
     found = open_canonical(Memory(halves[0] | halves[1]), PATH)
-    assert (found.family.name, found.ignored) == ("qwen25_vl", len(halves[1]))
+    assert (found.family.name, found.ignored) == ("qwen25_vl", 0)
+    said = configs.CONFIGS["qwen25_vl"][0]
+    for target, kind, other in (
+        ("gguf", "gguf-q8_0", 0),
+        ("comfyui", "fp8-tensor", len(halves[1])),
+    ):
+        plan = make_plan(found, targets()[target], scheme(kind), PlanOptions(), ("q", said))
+        assert sum(name in halves[1] for name in plan.outputs) == other
     assert open_canonical(Memory(halves[1]), PATH).family.name == "qwen25_vl_vision"
 
 

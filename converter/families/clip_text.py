@@ -86,6 +86,7 @@ FAMILY = Family(
         # CLIPTextModel as version 5 saves it.
         "bare": (*(Entry(name.removeprefix(_WHOLE), (name,)) for name in _NAMES), _PROJECTION),
         "gguf": (),
+        "comfyui": (),
     },
     sources=("transformers", "bare"),
     prefixes=(),
@@ -96,7 +97,9 @@ FAMILY = Family(
         "visual_projection.",
     ),
     config_of=_config_of,
-    assumed=("num_attention_heads",),
+    assumed=("num_attention_heads", "projection_dim"),
     facts=_facts,
     architecture="clip",
+    spellings={"diffusers": ("transformers", "bare")},
+    spelling=lambda name: "bare" if name == "CLIPTextModel" else "transformers",
 )

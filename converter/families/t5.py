@@ -41,11 +41,13 @@ FAMILY = Family(
     scattered=(_POSITIONS,),
     blocks=("encoder.block",),
     linears=umt5.LINEARS,
-    dialects={"gguf": umt5.GGUF, "transformers": ()},
+    dialects={"gguf": umt5.GGUF, "transformers": (), "comfyui": ()},
     sources=("gguf", "transformers"),
     prefixes=(),
     unread=("encoder.embed_tokens.weight",),  # the same as shared.weight
     config_of=_config_of,
     facts=umt5.facts,
+    policies=umt5.POLICIES,
     architecture=umt5.ARCHITECTURE,
+    spellings={"diffusers": ("transformers",)},
 )

@@ -26,6 +26,9 @@ LINEARS = (
     Linear(f"{_MLP}.wo", "mlp", "mlp_out"),
 )
 
+POLICIES = {"diffusers": {f"{_MLP}.wo": None}}
+"""transformers keeps it in fp32 (_keep_in_fp32_modules) whatever quantizes the rest."""
+
 
 def _linear(theirs: str, ours: str) -> Entry:
     return Entry(f"blocks.{{i}}.{theirs}.*", (f"{ours}.*",), bias=False)
@@ -117,13 +120,21 @@ FAMILY = Family(
     hidden="encoder.final_layer_norm.weight",
     blocks=("encoder.block",),
     linears=LINEARS,
-    dialects={"native": _NATIVE, "transformers": (), "lightx2v": _NATIVE, "gguf": GGUF},
+    dialects={
+        "native": _NATIVE,
+        "transformers": (),
+        "lightx2v": _NATIVE,
+        "gguf": GGUF,
+        "comfyui": (),
+    },
     sources=("native", "transformers", "gguf"),
     architecture=ARCHITECTURE,
     tokens="shared.weight",
     prefixes=(),
-    # The same as shared.weight; ComfyUI's files hold the tokenizer.
-    unread=("encoder.embed_tokens.weight", "spiece_model"),
+    unread=("encoder.embed_tokens.weight",),  # the same as shared.weight
     config_of=config_of,
     facts=facts,
+    policies=POLICIES,
+    spellings={"diffusers": ("transformers",)},
+    passengers={"spiece_model": ("comfyui",)},  # the tokenizer
 )

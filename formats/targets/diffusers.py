@@ -4,7 +4,8 @@
 
 under the names of the model's own modules, so q, k and v stand apart. The layout decides who
 quantizes, and that is a Loader (formats/loaders): nunchaku_lite, torchao, bitsandbytes, auto-round;
-BFL reads single files, and layerwise casting is no quantizer at all.
+BFL reads single files, and layerwise casting is no quantizer at all. Text encoders are models of
+transformers, which reads torchao's and bitsandbytes' folders alike, under a name of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats import svdq
 from dqconvert.formats.form import FileContext, PackedForm
-from dqconvert.formats.loaders import RUNTIME, Loader
+from dqconvert.formats.loaders import RUNTIME, Loader, transformers_models
 from dqconvert.formats.loaders.auto_round import AutoRound
 from dqconvert.formats.loaders.bfl import Bfl
 from dqconvert.formats.loaders.bitsandbytes import BitsAndBytes
@@ -48,6 +49,9 @@ LOADERS: tuple[Loader, ...] = (
     Layerwise(),
 )
 """In the order in which their layouts are offered."""
+
+TRANSFORMERS = (TorchAoLoader, BitsAndBytes)
+"""Those whose files transformers reads as well, for text encoders."""
 
 _BY_LAYOUT = {"": LOADERS[0]} | {name: loader for loader in LOADERS for name in loader.names}
 
@@ -132,8 +136,9 @@ def recognize(
 
 
 def filename(context: FileContext) -> str:
-    """See formats/targets."""
-    return _loader_of(context).filename(context)
+    """See formats/targets. transformers has a name of its own for them."""
+    name = _loader_of(context).filename(context)
+    return transformers_models.FILE if transformers_models.is_one(context) else name
 
 
 def metadata(context: FileContext) -> dict[str, str]:
@@ -143,6 +148,8 @@ def metadata(context: FileContext) -> dict[str, str]:
 
 def config(context: FileContext) -> dict[str, Any] | None:
     """The model's config, with the quantization_config of a loader that reads one."""
+    if transformers_models.is_one(context):
+        context = transformers_models.renamed(context)
     section = _loader_of(context).section(context)
     said = {} if section is None else {"quantization_config": section}
     return {**context.config, **said}
@@ -160,5 +167,12 @@ def _loader_of(context: FileContext) -> Loader:
             f"{name}: diffusers has one quantizer for a model; the layout "
             f"{context.layers[name].layout} cannot stand beside {context.layout}"
             for name in others
+        )
+    if transformers_models.is_one(context) and not isinstance(loader, TRANSFORMERS):
+        raise PlanError(
+            [
+                f"layout {context.layout}: transformers, which loads this model, cannot read it; "
+                "it reads bitsandbytes (bnb-nf4, bnb-int8) and torchao (int8, fp8)"
+            ]
         )
     return loader

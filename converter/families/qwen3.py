@@ -1,0 +1,56 @@
+"""Qwen3, the text encoder of Z-Image and FLUX.2 klein, as a component of its own.
+
+Names: transformers models/qwen3/modeling_qwen3.py; gguf: llama.cpp's qwen3, which ComfyUI-GGUF
+(loader.py) renames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dqconvert.converter import language
+from dqconvert.converter.family import Family, Infos
+
+_NORMS = (*language.LLAMA_NORMS, *language.QK_NORMS)
+
+
+def _config_of(infos: Infos) -> dict[str, Any]:
+    """The sizes that the shapes imply, in the words of transformers."""
+    return language.config_of(infos, "Qwen3ForCausalLM", 128)
+
+
+def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes under llama.cpp's keys."""
+    if dialect != "gguf":
+        return {}
+    return language.facts(config, "qwen3", 40960, 1e6)
+
+
+FAMILY = Family(
+    name="qwen3",
+    title="Qwen3",
+    task="",
+    aliases={},
+    licenses={},
+    signature=(*language.SIGNATURE, language.QK_NORM),
+    foreign=(language.QKV_BIAS, language.FOUR_NORMS, f"{language.VISUAL_POSITIONS}.weight"),
+    hidden=language.NORM,
+    optional=(language.HEAD, language.VISUAL_POSITIONS, *language.strange(_NORMS)),
+    blocks=(language.BLOCKS,),
+    linears=language.LINEARS,
+    dialects={
+        **language.dialects(_NORMS, others=(language.VISUAL_POSITIONS,)),
+        "gguf": language.gguf(language.GGUF_NORMS | language.GGUF_QK_NORMS),
+    },
+    sources=(*language.SPELLINGS, "gguf"),
+    prefixes=(),
+    config_of=_config_of,
+    assumed=language.ASSUMED,
+    facts=_facts,
+    policies={"gguf": {language.HEAD: "weight"}},
+    architecture="qwen3",
+    spellings={"diffusers": language.SPELLINGS},
+    spelling=language.spelling,
+    passengers=language.PASSENGERS,
+)
