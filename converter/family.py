@@ -51,10 +51,10 @@ class Entry:
 class Linear:
     """A linear inside a block, or one outside that some runtime quantizes.
 
-    role: "attention", "mlp" or "modulation"; "final" behind the blocks. shares: label, within
-    the block, of the linears that share one smooth vector. site: the linear whose input is
-    observed for it (None: its own). gelu: input channel from which the input comes out of a GELU.
-    splits: chunks of a modulation linear.
+    role: "attention", "mlp" or "modulation"; "embedder" before the blocks, "final" behind them.
+    shares: label, within the block, of the linears that share one smooth vector. site: the linear
+    whose input is observed for it (None: its own). gelu: input channel from which the input comes
+    out of a GELU. splits: chunks of a modulation linear.
     """
 
     name: str

@@ -99,6 +99,88 @@ def test_int8_takes_a_byte_for_a_weight_and_four_for_a_row(name: str) -> None:
     assert plan.nbytes == 2 * (sum(counts.values()) - weights) + weights + 4 * rows
 
 
+FLUX = [
+    *(f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"transformer_blocks.0.attn.add_{x}_proj" for x in "qkv"),
+    "transformer_blocks.0.attn.to_add_out",
+]
+LIGHTX2V = {
+    "flux2": [
+        *FLUX,
+        *(
+            f"transformer_blocks.0.{stream}.linear_{side}"
+            for stream in ("ff", "ff_context")
+            for side in ("in", "out")
+        ),
+        *(f"single_transformer_blocks.0.attn.{name}" for name in ("to_qkv_mlp_proj", "to_out")),
+        *(f"double_stream_modulation_{stream}.linear" for stream in ("img", "txt")),
+        "single_stream_modulation.linear",
+        *(
+            f"time_guidance_embed.{kind}_embedder.linear_{number}"
+            for kind in ("timestep", "guidance")
+            for number in (1, 2)
+        ),
+        *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
+    ],
+    "longcat_image": [
+        *FLUX,
+        *(
+            f"transformer_blocks.0.{stream}.net.{layer}"
+            for stream in ("ff", "ff_context")
+            for layer in ("0.proj", "2")
+        ),
+        *(f"transformer_blocks.0.{norm}.linear" for norm in ("norm1", "norm1_context")),
+        *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+        *(
+            f"single_transformer_blocks.0.{name}"
+            for name in ("norm.linear", "proj_mlp", "proj_out")
+        ),
+        *(f"time_embed.timestep_embedder.linear_{number}" for number in (1, 2)),
+        *("x_embedder", "context_embedder", "norm_out.linear", "proj_out"),
+    ],
+    "ernie_image": [
+        *(f"layers.0.self_attention.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"layers.0.mlp.{name}" for name in ("gate_proj", "up_proj", "linear_fc2")),
+        *(f"time_embedding.linear_{number}" for number in (1, 2)),
+        *("text_proj", "adaLN_modulation.1", "final_norm.linear", "final_linear"),
+    ],
+}
+"""What LightX2V's weights/*.py give the scheme's type to, of the first block of each kind."""
+
+
+@pytest.mark.parametrize("name", LIGHTX2V)
+def test_lightx2v_gets_every_linear_that_its_loader_wants(name: str) -> None:
+    found = plan_of(name, "lightx2v", "int8")
+    assert found is not None
+    others = re.compile(r"(blocks|layers)\.[1-9]")
+    layers = {layer for layer in found[0].context.layers if not others.search(layer)}
+    assert layers == set(LIGHTX2V[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "variant", "kind"),
+    [
+        ("flux", 0, "guidance", "FluxPipeline"),
+        ("flux", 1, "schnell", "FluxPipeline"),
+        ("flux", 4, "fill", "FluxFillPipeline"),
+        ("flux", 5, "control", "FluxControlPipeline"),
+        ("flux2", 0, "guidance", "Flux2Pipeline"),
+        ("flux2", 1, "klein", "Flux2KleinPipeline"),
+        ("flux3", 0, "base", "Flux3ModularPipeline"),
+        ("flux3", 1, "distilled", "Flux3DistilledModularPipeline"),
+    ],
+)
+def test_headers_tell_variants(name: str, number: int, variant: str, kind: str) -> None:
+    import diffusers
+
+    config = MODELS[name]["CONFIGS"][number]
+    infos = checkpoints.infos_of(checkpoints.meta_model(config))
+    family = families()[name]
+    assert family.variant(infos, config) == variant
+    assert family.pipelines.get(variant, family.pipelines[""]) == kind
+    assert all(hasattr(diffusers, one) for one in family.pipelines.values())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
     """For each family a tiny model on the disk, in the names in which checkpoints come first."""

@@ -83,6 +83,7 @@ FAMILY = Family(
     dialects={"diffusers": (), "original": _ORIGINAL},
     config_of=_config_of,
     facts=_facts,
+    unrun=("sglang", "vllm"),
     policies={
         # Its loader in diffusers cannot tell this linear from those of the blocks.
         "bitsandbytes": {"proj_out": "weight"},

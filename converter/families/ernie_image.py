@@ -101,6 +101,7 @@ FAMILY = Family(
     sources=("diffusers",),
     config_of=_config_of,
     facts=_facts,
+    unrun=("sglang",),  # builds its linears unquantized, whatever the config says
     policies={
         "comfyui": _KEPT,
         "diffusers": _KEPT,

@@ -132,6 +132,7 @@ FAMILY = Family(
     unread=("last.down.", "last.up."),  # of early files; no runtime has such modules
     config_of=_config_of,
     facts=_facts,
+    unrun=("sglang", "vllm"),  # both build its linears unquantized, whatever the config says
     sensitive=tuple(f"{blocks}.{{i}}.attn.to_out.0" for blocks in _BLOCKS.values()),
     unguided=("turbo",),
     # No folds: a modulation serves all blocks, and linears have no bias.

@@ -80,6 +80,7 @@ FAMILY = Family(
     assumed=("pooled_projection_dim",),
     config_of=_config_of,
     facts=_facts,
+    unrun=("sglang",),  # builds its linears unquantized, whatever the config says
     policies={
         # LightX2V builds every linear with the one scheme, those around the blocks as well.
         "lightx2v": {"modulation": "weight", "embedder": "weight", "final": "weight"},
