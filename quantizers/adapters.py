@@ -65,10 +65,10 @@ def extent(kind: str, shapes: Mapping[str, Shape]) -> tuple[int, int]:
     """Rows and columns of what an adapter adds. ValueError where its tensors do not go together."""
     if kind == "lora":
         down, up = shapes["down"], shapes["up"]
-        inner = shapes["mid"] if "mid" in shapes else (prod(up[1:]), down[0])
-        if (prod(up[1:]), down[0]) != inner[:2]:
+        mid = shapes.get("mid", (down[0], down[0]))
+        if (prod(up[1:]), down[0]) != mid[:2]:
             raise ValueError(f"down {list(down)} and up {list(up)} have other ranks")
-        return up[0], prod(down[1:]) * prod(inner[2:])
+        return up[0], prod(down[1:]) * prod(mid[2:])
     if kind == "loha":
         halves = [_product(f"hada_w{n}", f"hada_t{n}", shapes) for n in (1, 2)]
         if halves[0] != halves[1]:

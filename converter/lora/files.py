@@ -67,16 +67,18 @@ class LoraFile:
         """What a module's product is multiplied by. alpha: the tensor that says it, or None."""
         if alpha is not None:
             return scale_of(rank, float(self.source.read(alpha).float().reshape(-1)[0]))
-        return scale_of(rank, self._alpha(module), bool(self.said.get("use_rslora")))
+        if self.said.get("peft_type") == "LOKR":  # whose whole matrices are scaled as well
+            rank = self._pattern(module, "rank_pattern", "r")
+        alpha = self._pattern(module, "alpha_pattern", "lora_alpha", "alpha")
+        return scale_of(rank, alpha, bool(self.said.get("use_rslora")))
 
-    def _alpha(self, module: str) -> float | None:
-        """What the config says, by PEFT's rule: the first pattern that ends the module's name."""
-        patterns = self.said.get("alpha_pattern") or {}
-        for pattern, alpha in patterns.items():
+    def _pattern(self, module: str, patterns: str, *names: str) -> Any:
+        """What the config says of a module, by PEFT's rule: the first pattern that ends its name,
+        else what it says of all; None where it says nothing."""
+        for pattern, value in (self.said.get(patterns) or {}).items():
             if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-                return float(alpha)
-        alpha = self.said.get("lora_alpha", self.said.get("alpha"))
-        return None if alpha is None else float(alpha)
+                return value
+        return next((self.said[name] for name in names if name in self.said), None)
 
 
 def opened(spec: LoraSpec) -> LoraFile:
@@ -103,16 +105,27 @@ def _said(source: Source) -> Mapping[str, Any]:
     header = source.metadata.get(METADATA)
     try:
         if header is not None:
-            return _own(json.loads(header))
+            found = _own(json.loads(header))
+            _check(found)
+            return found
         if "lora_alpha" in source.metadata:
             return {"lora_alpha": float(source.metadata["lora_alpha"])}
         beside = source.files[0].parent / CONFIG
         found = read_json(beside) if beside.exists() else {}
-        re.compile("|".join(found.get("alpha_pattern") or {}))
-        float(found.get("lora_alpha") or 1)
+        _check(found)
     except (DQConvertError, ValueError, TypeError, AttributeError, re.error) as error:
         raise SourceError(f"{source.files[0]}: its config says no alpha ({error})") from error
     return found
+
+
+def _check(said: Mapping[str, Any]) -> None:
+    """What is read of a config must be numbers, and expressions for names."""
+    for key in ("alpha_pattern", "rank_pattern"):
+        for pattern, value in (said.get(key) or {}).items():
+            re.compile(pattern)
+            float(value)
+    for key in ("lora_alpha", "alpha", "r"):
+        float(said.get(key) or 1)
 
 
 def _own(said: Mapping[str, Any]) -> dict[str, Any]:

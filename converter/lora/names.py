@@ -114,7 +114,8 @@ class Names:
         """The module, or the tensor, that a LoRA calls so, under a dialect's own name."""
         for name in _stripped(base):
             for guess in (name, name.replace(".processor.", "."), f"{name}.0"):
-                if f"{guess}.weight" in self.tensors or guess in self.tensors:
+                known = (guess, f"{guess}.weight", f"{guess}.modulation")
+                if not self.tensors.keys().isdisjoint(known):
                     return guess
         flat = FLAT.sub("", base, count=1)
         return self._flat.get(flat) if flat != base or "." not in base else None
