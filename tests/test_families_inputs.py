@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 HERE = Path(__file__).parent
 checkpoints = SimpleNamespace(**runpy.run_path(str(HERE / "checkpoints.py")))
 tiny = SimpleNamespace(**runpy.run_path(str(HERE / "tiny_models.py")))
+SINGLE = ("kandinsky5",)
 RUNNABLE = [
     pytest.param(families()[name], config, id=f"{name}-{number}")
     for name, known in checkpoints.FAMILY_MODELS.items()
@@ -94,8 +95,12 @@ def _whole(fold: Fold) -> bool:
     ],
 )
 def test_folds_change_nothing(family: Any, config: Any) -> None:
-    """In float64, all at once that take whole inputs, with random smooth vectors and centers."""
-    model = tiny.build(config, torch.float64)
+    """All at once that take whole inputs, with random smooth vectors and centers.
+
+    In float64, but for models that compute some things in float32 whatever they are in.
+    """
+    single = family.name in SINGLE
+    model = tiny.build(config, torch.float32 if single else torch.float64)
     before = tiny.forward(model)
     state = dict(model.state_dict())
     rng = torch.Generator().manual_seed(2)
@@ -106,9 +111,8 @@ def test_folds_change_nothing(family: Any, config: Any) -> None:
             if f"{first}.weight" not in state:
                 continue
             size = state[f"{first}.weight"].shape[1]
-            smooth = torch.exp(0.5 * torch.randn(size, generator=rng, dtype=torch.float64))
-            center = torch.randn(size, generator=rng, dtype=torch.float64)
-            fold_into(state, fold, str(index), Transform(smooth, center))
+            smooth, center = torch.randn(2, size, generator=rng, dtype=model.dtype)
+            fold_into(state, fold, str(index), Transform(torch.exp(0.5 * smooth), center))
     assert any(state[name] is not tensor for name, tensor in model.state_dict().items())
     model.load_state_dict(state, strict=True)
-    assert (tiny.forward(model) - before).norm() < 1e-9 * before.norm()
+    assert (tiny.forward(model) - before).norm() < (1e-4 if single else 1e-9) * before.norm()
