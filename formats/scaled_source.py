@@ -32,7 +32,9 @@ SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 UNREAD = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 """Tensors, or ends of names, that say nothing of the weights."""
 
-CASTS = ("F8_E4M3", "F8_E5M2")
+CODES = {"F8_E4M3": "e4m3", "F8_E5M2": "e5m2"}
+"""Dtypes that stand for numbers without a scale, and their codes."""
+
 BLOCKS = (16, 32, 64, 128, 256)
 """Sides of blocks that may be cut off at the end."""
 
@@ -40,7 +42,7 @@ BLOCKS = (16, 32, 64, 128, 256)
 class Rescaled:
     """A checkpoint whose 8-bit tensors are multiplied with their scales, or widened.
 
-    Products are read in F32 and kept in BF16; casts are BF16, which holds each of their values.
+    They are read in F32 and kept in BF16, which holds each value of a cast.
     """
 
     def __init__(self, source: Source) -> None:
@@ -48,7 +50,7 @@ class Rescaled:
         self._scales = {
             name: scale
             for name, info in source.infos.items()
-            if info.dtype in (*CASTS, "I8") and (scale := _scale(name, source.infos))
+            if info.dtype in (*CODES, "I8") and (scale := _scale(name, source.infos))
         }
 
     @cached_property
@@ -62,14 +64,13 @@ class Rescaled:
         }
 
     def _dtype(self, name: str, info: TensorInfo) -> str:
-        if name in self._scales:
-            return "F32"
-        return "BF16" if info.dtype in CASTS else info.dtype
+        return "F32" if name in self._scales or info.dtype in CODES else info.dtype
 
-    @property
+    @cached_property
     def kept(self) -> Mapping[str, str]:
         """Codes and scales have no more than 16 bits to give."""
-        return {**kept_dtypes(self.source), **dict.fromkeys(self._scales, "BF16")}
+        changed = (name for name, info in self.infos.items() if info != self.source.infos[name])
+        return {**kept_dtypes(self.source), **dict.fromkeys(changed, "BF16")}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -80,7 +81,7 @@ class Rescaled:
             info.dtype for n, info in infos.items() if n in self.infos and n not in self._scales
         )
         types = [f"{count} {dtype} with scales" for dtype, count in found.items()]
-        types += [f"{casts[dtype]} {dtype} without scales" for dtype in CASTS if casts[dtype]]
+        types += [f"{casts[dtype]} {dtype} without scales" for dtype in CODES if casts[dtype]]
         lost = (f"{LOST} ({', '.join(types)}): what they lost stays lost",) if types else ()
         return (*notes_of(self.source), *lost)
 
@@ -100,13 +101,16 @@ class Rescaled:
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""
-        tensor = self.source.read(name, rows)
-        info = self.source.infos[name]
+        from dqconvert.quantizers.codes import decode
+
+        tensor, info = self.source.read(name, rows), self.source.infos[name]
+        if self.infos[name] == info:
+            return tensor
+        tensor = decode(tensor, CODES[info.dtype]) if info.dtype in CODES else tensor.float()
         if name not in self._scales:
-            return tensor.bfloat16() if info.dtype in CASTS else tensor
-        start = rows[0] if rows else 0
+            return tensor
         scale = self.source.read(self._scales[name]).float()
-        return _scaled(tensor.float(), scale, (start, info.shape))
+        return _scaled(tensor, scale, (rows[0] if rows else 0, info.shape))
 
     def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
         """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
@@ -120,7 +124,7 @@ def has_bytes(source: Source) -> bool:
     """Whether a checkpoint has weights that Rescaled reads."""
     infos = source.infos
     return any(
-        info.dtype in CASTS or (info.dtype == "I8" and _scale(name, infos))
+        info.dtype in CODES or (info.dtype == "I8" and _scale(name, infos))
         for name, info in infos.items()
         if not name.endswith(UNREAD)
     )

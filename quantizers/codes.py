@@ -61,6 +61,9 @@ def decode(codes: Tensor, code: str) -> Tensor:
         # fp16 that is 2^-8 times as large; sign extension has left ones to clear.
         half = (codes.view(torch.int8).to(torch.int16) << 7) & ~(1 << 14)
         return half.view(torch.float16).float().mul_(256.0)
+    if code == "e5m2":  # the upper halves of fp16
+        half = codes.contiguous().view(torch.uint8).to(torch.int16) << 8
+        return half.view(torch.float16).float()
     return codes.float()
 
 

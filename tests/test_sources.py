@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.reopen import reopen
+from dqconvert.formats.scaled_source import Rescaled
+from dqconvert.formats.source import open_source
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
@@ -366,3 +369,18 @@ def test_what_nobody_can_read_is_refused(pipeline: Path, exact: Tensors, tmp_pat
 
 def exact_codes(tensors: Tensors, name: str) -> Tensor:
     return tensors[f"{name}.weight"].to(E4M3)
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_every_code_of_a_cast(tmp_path: Path, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).view(16, 16)
+    save_file({"a.weight": codes}, tmp_path / "x.safetensors")
+    source = Rescaled(open_source(tmp_path / "x.safetensors"))
+    needed = [float(code) for code in codes.flatten()]
+    for wide in (torch.float32, torch.bfloat16):
+        got = source.read("a.weight").to(wide).flatten().tolist()
+        assert all(
+            one == two or (math.isnan(one) and math.isnan(two))
+            for one, two in zip(got, needed, strict=True)
+        )
+    assert torch.equal(source.read("a.weight", (3, 5)), codes[3:5].float())

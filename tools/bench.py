@@ -31,6 +31,9 @@ SCHEMES = (
     "int8,fp8@vllm,fp8-tensor,fp8-block128@sglang,mxfp8,nvfp4,convrot-int8,convrot-w4a4,"
     "convrot-w4a8,svdquant-w4a4"
 )
+REQUANTIZED = "int8 from fp8 source"
+"""A conversion of an already quantized file, half the size of the others' source."""
+
 FLUX_DEV = (19, 38)
 """Double and single blocks of FLUX.1-dev."""
 
@@ -162,6 +165,10 @@ def main(
         scheme, _, target = name.partition("@")
         words = ["--scheme", scheme, *(["--target", target] if target else [])]
         commands[name] = [*convert, *words, "-o", str(folder / name)]
+    eight = folder / "fp8 source"
+    measure([*convert, "--scheme", "fp8-tensor", "-o", str(eight)])
+    requantize = [*convert[:3], str(eight), *flags, "--scheme", "int8"]
+    commands[REQUANTIZED] = [*requantize, "-o", str(folder / "requantized")]
     measure(commands["cp"])
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for turn in range(runs):
