@@ -26,12 +26,20 @@ checkpoints = SimpleNamespace(**runpy.run_path(str(HERE / "checkpoints.py")))
 configs = SimpleNamespace(**runpy.run_path(str(HERE / "configs.py")))
 comfy = SimpleNamespace(**runpy.run_path(str(HERE / "test_comfyui.py")))
 vllm = SimpleNamespace(**runpy.run_path(str(HERE / "test_vllm.py")))
-lite = runpy.run_path(str(HERE / "test_svdq.py"))["lite"]
+lite = runpy.run_path(str(HERE / "test_nunchaku_lite.py"))["lite"]
 done, refused, same_bits = checkpoints.done, checkpoints.refused, checkpoints.same_bits
 
 WAN = configs.wan_config(
     num_layers=1, num_attention_heads=2, text_dim=128, ffn_dim=512, in_channels=16
 )
+SVDQ_MODELS = {
+    "qwen_image": configs.qwen_image_config(
+        num_layers=1, num_attention_heads=1, joint_attention_dim=128
+    ),
+    "z_image": configs.z_image_config(
+        dim=384, n_layers=1, n_refiner_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=128
+    ),
+}
 Tensors = dict[str, Tensor]
 
 
@@ -44,12 +52,16 @@ class Bench:
 
     def wan(self) -> Path:
         """A tiny Wan under diffusers' names."""
-        path = self.folder / "wan"
+        return self.model("wan", WAN)
+
+    def model(self, name: str, config: dict[str, Any]) -> Path:
+        """A tiny model under diffusers' names."""
+        path = self.folder / name
         if not path.exists():
             path.mkdir()
-            tensors = checkpoints.filled(checkpoints.meta_model(WAN))
+            tensors = checkpoints.filled(checkpoints.meta_model(config))
             save_file(tensors, path / checkpoints.WEIGHTS, {"format": "pt"})
-            (path / "config.json").write_text(json.dumps(WAN))
+            (path / "config.json").write_text(json.dumps(config))
         return path
 
     def direct(self, model: Path, scheme: str, target: str, *words: Any) -> Path:
@@ -246,6 +258,19 @@ def test_svdquant_keeps_every_code_and_weight(shop: Any, bench: Bench, scheme: s
     only = "single_transformer_blocks.0.mlp_fc2"  # its tensor scale went into its smooth vector
     biased = [n for n in different(back, first) if not n.endswith("fc2.bias")]
     assert biased == [f"{only}.{part}" for part in folded]
+
+
+@pytest.mark.parametrize("scheme", ["svdquant-w4a4", "svdquant-nvfp4"])
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_version_2_names_go_to_diffusers_and_back(bench: Bench, name: str, scheme: str) -> None:
+    """No linear is split on its columns there, so the file comes back byte for byte."""
+    model = bench.model(name, SVDQ_MODELS[name])
+    first = bench.direct(model, scheme, "nunchaku", "--rank", 16)
+    moved = bench.moved(first, "diffusers")
+    section = json.loads((moved / "config.json").read_text())["quantization_config"]
+    assert section["svdq_w4a4"]["rank"] == 16
+    done("verify", moved, "--against", model)
+    assert weights_are_equal(bench.moved(moved, "nunchaku"), first)
 
 
 def linears(out: Path) -> Tensors:
