@@ -107,7 +107,7 @@ def _w4a16_reasons(layout: Layout, form: PackedForm) -> list[str]:
         reasons.append(f"modulation is int4 in groups of 64, not {form.spec.code}")
     if n % 8 or k % 64:
         reasons.append(f"modulation needs multiples of 8 rows and 64 columns; {form.shape} are not")
-    if n % form.splits:
+    if layout.modulation and n % form.splits:
         reasons.append(f"{n} rows do not make {form.splits} chunks")
     if layout.modulation and form.splits not in (3, 6):
         reasons.append(f"modulation has 3 or 6 chunks, not {form.splits}")
