@@ -46,6 +46,28 @@ def render(prepared: Prepared, report: Report, history: Mapping[str, Any]) -> st
     return "\n".join(lines).rstrip() + "\n"
 
 
+def of_pipeline(first: Prepared, said: Mapping[str, Any]) -> str:
+    """The card of a whole pipeline. first: its transformer; said: its manifest."""
+    model, plan = first.model, first.plan
+    lines = [
+        *_front_matter(first),
+        f"# {model.name}, {plan.scheme.name} for {plan.target.NAME}",
+        "",
+        f"{first.source.family.title} quantized with dqconvert: {plan.scheme.summary}.",
+        f"Target: {plan.target.SUMMARY}.",
+        "",
+        "| component | |",
+        "|---|---|",
+        *(f"| {name} | {one['scheme']} |" for name, one in said["components"].items()),
+        *(f"| {name} | as it was |" for name in said["kept"]),
+        "",
+        f"{said['output']['bytes'] / 1e6:,.1f} MB in all. Each quantized component has a "
+        "`dqconvert.json` with the error",
+        "of every layer; the one here has the SHA-256 of every file.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def _transcoded(prepared: Prepared, report: Report, made: Mapping[str, Any]) -> str:
     """The card of a file that holds the codes of another one."""
     model, plan = prepared.model, prepared.plan

@@ -20,6 +20,7 @@ import click
 from dqconvert.converter import manifest, show
 from dqconvert.converter.job import Job
 from dqconvert.converter.lora.words import branching, merging
+from dqconvert.converter.resolve import ALL
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.errors import DQConvertError, UnknownName
 from dqconvert.quantizers.schemes import schemes
@@ -124,7 +125,18 @@ def main() -> None:
 @click.argument("model")
 @click.option("--scheme", metavar="NAME", help="See `dqconvert list schemes`.")
 @click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
-@click.option("--component", default="transformer", metavar="NAME", help="Part of the pipeline.")
+@click.option(
+    "--component",
+    default="transformer",
+    metavar="NAME",
+    help="Part of the pipeline, or all: a whole pipeline folder, of which the scheme quantizes the "
+    "transformers.",
+)
+@click.option(
+    "--encoder-scheme",
+    metavar="NAME",
+    help="Of the encoders with --component all; without it they stay as they are.",
+)
 @click.option("--calib", type=PATH, metavar="FILE", help="Prompts, .txt or .jsonl.")
 @click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")
 @click.option("--calib-samples", type=click.IntRange(1), metavar="N", help="Use N prompts.")
@@ -175,11 +187,30 @@ def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
     if not job.scheme:
         show.made(_rewritten(job, dry_run), as_json)
         return
+    if job.component == ALL:
+        _convert_all(job, dry_run, as_json, quiet)
+        return
+    if job.encoder_scheme is not None:
+        raise click.UsageError("--encoder-scheme is for --component all")
     prepared = prepare(job)
     if dry_run:
         show.plan(prepared, as_json)
         return
     show.conversion(prepared, as_json, quiet)
+
+
+def _convert_all(job: Job, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from dqconvert.converter import components
+
+    whole = components.prepare_all(job)
+    if dry_run:
+        show.pipeline_plan(whole, as_json)
+        return
+    path = show.with_progress(lambda one: components.convert_all(whole, one), quiet or as_json)
+    if as_json:
+        show.manifest_of(path)
+    elif not quiet:
+        show.made(path, False)
 
 
 def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, **words: Any) -> Job:

@@ -138,11 +138,12 @@ def _readings(source: Source, names: Sequence[str]) -> Iterator[_Reading]:
     for family in families().values():
         for prefix, held in behind.items():
             # Encoders spell their own prefixes, by which one is told from another.
-            if prefix in family.prefixes or prefix in (WRAPPERS if family.task else WRAPPERS[:1]):
-                for dialect in family.sources:
-                    reading = _Reading(source, family, dialect, prefix, held)
-                    if reading.likeness():
-                        yield reading
+            if prefix not in (*family.prefixes, *(WRAPPERS if family.task else WRAPPERS[:1])):
+                continue
+            for dialect in family.sources:
+                reading = _Reading(source, family, dialect, prefix, held)
+                if reading.likeness():
+                    yield reading
 
 
 @cache

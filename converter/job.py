@@ -41,6 +41,7 @@ class Job:
     overwrite: bool = False
     workers: int | None = None
     device: str = "cpu"
+    encoder_scheme: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

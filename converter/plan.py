@@ -134,11 +134,8 @@ def make_plan(
         rank=planner.rank,
         config=config if options.config is None else options.config,
         layers={layer.name: layer.form for layer in layers if layer.form},
-        facts={
-            "architecture": family.architecture,
-            "library": "diffusers" if options.config is None else "transformers",
-            **family.facts(dialect, config),
-        },
+        facts={"architecture": family.architecture, **family.facts(dialect, config)},
+        library="diffusers" if options.config is None else "transformers",
         kept=tuple(
             name.removesuffix(".weight")
             for layer in layers

@@ -19,6 +19,9 @@ from dqconvert.quantizers.errors import DQConvertError, SourceError, UnknownName
 DATA = Path(__file__).parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TRANSFORMER = "transformer"
+INDEX = "model_index.json"
+ALL = "all"
+"""In the place of a component: every one of the pipeline."""
 _PIPELINE = (
     "scheduler/*",
     "transformer*/*.json",
@@ -29,6 +32,9 @@ _PIPELINE = (
     "text_encoder*/*.safetensors",
     "tokenizer*/*",
 )
+
+_UNWANTED = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.pt", "*.ckpt")
+"""Copies of weights in forms that nobody reads here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,10 @@ def _local(
     """A pipeline folder, the folder of its transformer, or a file."""
     weights: Path = path
     pipeline: Path | None = None
-    if (path / "model_index.json").exists():
+    if component == ALL and not (path / INDEX).exists():
+        raise SourceError(f"{path}: --component all needs a pipeline, which has a {INDEX}")
+    component = TRANSFORMER if component == ALL else component
+    if (path / INDEX).exists():
         weights, pipeline = path / component, path
         if not weights.is_dir():
             raise SourceError(f"{path}: the pipeline has no folder called {component}")
@@ -158,10 +167,13 @@ def _snapshot(repo: str, whole: bool, component: str) -> Path:
     from huggingface_hub import errors as hub
 
     weights = (f"{component}/*.json", f"{component}/*.safetensors")
-    patterns = ["model_index.json", *weights, *(_PIPELINE if whole else ())]
+    patterns = [INDEX, *weights, *(_PIPELINE if whole else ())]
+    if component == ALL:
+        patterns = [INDEX, "*/*"]
+    unwanted: Any = {"ignore_patterns": _UNWANTED} if component == ALL else {}
     page = f"https://huggingface.co/{repo}"
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, **unwanted))
     except hub.GatedRepoError:
         reason = f"is gated: accept its licence at {page}, then run: hf auth login"
     except hub.RepositoryNotFoundError:

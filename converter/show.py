@@ -14,6 +14,7 @@ import click
 from dqconvert.converter.job import LayerReport, Progress, Report
 
 if TYPE_CHECKING:
+    from dqconvert.converter.components import Whole
     from dqconvert.converter.inspect import Inspection
     from dqconvert.converter.prepare import Prepared
     from dqconvert.converter.verify import Verdict
@@ -55,11 +56,31 @@ def plan(prepared: Prepared, as_json: bool) -> None:
         click.echo(f"note: {note}")
 
 
+def pipeline_plan(whole: Whole, as_json: bool) -> None:
+    """The plans of a pipeline's parts."""
+    from dqconvert.converter import manifest
+
+    if as_json:
+        said = {name: manifest.describe(one) for name, one in whole.parts.items()}
+        click.echo(json.dumps({"components": said, "kept": [str(path) for path in whole.kept]}))
+        return
+    for name, prepared in whole.parts.items():
+        click.echo(f"{name}:")
+        plan(prepared, False)
+    click.echo(f"\n{len(whole.kept)} files of the pipeline stay as they are: {whole.output}/")
+
+
+def manifest_of(path: Path) -> None:
+    """The manifest of an output."""
+    from dqconvert.converter import manifest
+    from dqconvert.converter.resolve import read_json
+
+    click.echo(json.dumps(read_json(path / manifest.NAME)))
+
+
 def conversion(prepared: Prepared, as_json: bool, quiet: bool) -> None:
     """Run a prepared job under a progress bar, then its summary."""
-    from dqconvert.converter import manifest
     from dqconvert.converter.convert import convert
-    from dqconvert.converter.resolve import read_json
 
     def run(listen: Callable[[Progress], None]) -> Report:
         *_, report = convert(prepared, listen)
@@ -68,7 +89,7 @@ def conversion(prepared: Prepared, as_json: bool, quiet: bool) -> None:
 
     report = with_progress(run, quiet or as_json)
     if as_json:
-        click.echo(json.dumps(read_json(report.output / manifest.NAME)))
+        manifest_of(report.output)
     elif not quiet:
         _summary(prepared, report)
 

@@ -55,7 +55,8 @@ class FileContext:
     what this runtime wants to be told of the family (such as its class names); kept: linears of
     the file that stay unquantized, by name; layout: of the target's layouts the one chosen;
     settings: what the user said of this target alone, such as {"kernel": "q8f"}; names: of all
-    tensors of the file; provenance: what a file may say of where it comes from, by GGUF's keys.
+    tensors of the file; provenance: what a file may say of where it comes from, by GGUF's keys; library: whose model
+    it is, "transformers" for text encoders that it loads.
     """
 
     model: str
@@ -69,3 +70,4 @@ class FileContext:
     settings: Mapping[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    library: str = "diffusers"

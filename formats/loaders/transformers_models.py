@@ -23,7 +23,7 @@ HEADS = ("lm_head",)
 
 def is_one(context: FileContext) -> bool:
     """Whether the model is one of transformers."""
-    return context.facts.get("library") == "transformers"
+    return context.library == "transformers"
 
 
 def renamed(context: FileContext) -> FileContext:

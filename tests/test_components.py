@@ -1,0 +1,123 @@
+"""Whole pipelines: diffusers' own from_pretrained loads the folder, and hashes cover all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
+done, refused = checkpoints.done, checkpoints.refused
+
+DIGITS = Path(__file__).parents[1] / "converter" / "data" / "flux-digits"
+
+
+def files_of(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def check_manifest(out: Path) -> dict[str, Any]:
+    """Every file but the manifest and the card is in it, with its hash."""
+    said: dict[str, Any] = json.loads((out / "dqconvert.json").read_text())
+    assert said["files"].keys() == files_of(out) - {"dqconvert.json", "README.md"}
+    for name, row in said["files"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == row["sha256"]
+    return said
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("all") / "out"
+    words = ("--scheme", "int8", "--target", "diffusers", "--layout", "torchao-weight-only")
+    encoders = ("--encoder-scheme", "bnb-nf4")
+    done("convert", "flux-digits", "--component", "all", *words, *encoders, "--output", out)
+    return out
+
+
+def test_the_folder_is_whole(whole: Path) -> None:
+    said = check_manifest(whole)
+    assert {k: v["scheme"] for k, v in said["components"].items()} == {
+        "transformer": "int8",
+        "text_encoder": "bnb-nf4",
+        "text_encoder_2": "bnb-nf4",
+    }
+    assert said["kept"] == ["scheduler", "tokenizer", "tokenizer_2", "vae"]
+    ours = {"dqconvert.json", "README.md"}
+    ours |= {f"{name}/dqconvert.json" for name in said["components"]}
+    assert files_of(whole) - ours == files_of(DIGITS) - {
+        "README.md",
+        "planting.json",
+        "prompts.txt",
+    }
+
+
+def test_unquantized_weights_take_no_room(whole: Path) -> None:
+    name = "vae/diffusion_pytorch_model.safetensors"
+    if (whole / name).stat().st_dev == (DIGITS / name).stat().st_dev:
+        assert (whole / name).samefile(DIGITS / name)
+    assert not (whole / "model_index.json").samefile(DIGITS / "model_index.json")
+
+
+@pytest.mark.parametrize("part", ["", "transformer", "text_encoder", "text_encoder_2"])
+def test_each_part_is_sound(whole: Path, part: str) -> None:
+    assert "sound" in done("verify", whole / part)
+
+
+def test_diffusers_draws_with_it(whole: Path) -> None:
+    """Pictures of the quantized pipeline are near those of the one that it was made of."""
+    import diffusers
+
+    pictures = []
+    for folder in (DIGITS, whole):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        pipe.set_progress_bar_config(disable=True)
+        seeded = torch.Generator().manual_seed(0)
+        found = pipe(
+            "a handwritten seven", num_inference_steps=2, generator=seeded, output_type="pt"
+        )
+        pictures.append(found.images[0])
+    kinds = {type(m.weight).__name__ for m in pipe.transformer.modules() if hasattr(m, "weight")}
+    assert "Int8Tensor" in kinds
+    assert (pictures[0] - pictures[1]).square().mean().sqrt() < 0.1
+
+
+def test_runtimes_that_load_encoders_in_16_bit_keep_them(tmp_path: Path) -> None:
+    words = ("convert", "flux-digits", "--component", "all", "--scheme", "fp8-tensor")
+    words = (*words, "--target", "sglang")
+    out = tmp_path / "out"
+    done(*words, "--output", out)
+    said = check_manifest(out)
+    assert said["components"].keys() == {"transformer"} and "text_encoder" in said["kept"]
+    assert "quantization_config" in json.loads((out / "transformer/config.json").read_text())
+    assert "sound" in done("verify", out, "--against", "flux-digits")
+    other = refused(tmp_path / "other", *words, "--encoder-scheme", "fp8-tensor")
+    assert "sglang does not run" in other
+    done(*words, "--output", out, "--overwrite")
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    words = ("convert", "flux-digits", "--component", "all")
+    said = refused(tmp_path / "a", *words, "--scheme", "int8", "--target", "comfyui")
+    assert "reads single files" in said
+    said = refused(
+        tmp_path / "b", *words, "--scheme", "fp8", "--target", "diffusers", "--layout", "bfl"
+    )
+    assert "single file" in said
+    said = refused(
+        tmp_path / "c",
+        "convert",
+        DIGITS / "transformer",
+        *words[2:],
+        "--scheme",
+        "int8",
+        "--target",
+        "diffusers",
+    )
+    assert "needs a pipeline" in said
