@@ -130,7 +130,7 @@ FAMILY = Family(
     unread=("repa_projectors.",),  # heads that only training uses
     config_of=_config_of,
     facts=_facts,
-    unrun=("vllm",),
+    unrun=("sglang", "vllm"),  # SGLang's class of that name makes videos
     # One modulation for all blocks of a kind.
     policies={"comfyui": _KEPT, "diffusers": _KEPT},
     sensitive=tuple(f"{blocks}.{{i}}.attn.to_out.0" for blocks in _BLOCKS.values()),

@@ -54,8 +54,6 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-_KEPT = {"modulation": None}
-
 FAMILY = Family(
     name="longcat_image",
     title="LongCat-Image",
@@ -83,8 +81,7 @@ FAMILY = Family(
     unrun=("sglang",),  # builds its linears unquantized, whatever the config says
     policies={
         # LightX2V builds every linear with the one scheme, those around the blocks as well.
-        "lightx2v": {"modulation": "weight", "embedder": "weight", "final": "weight"},
-        "diffusers": _KEPT,
+        "lightx2v": {"embedder": "weight", "final": "weight"},
         # Its loader in diffusers cannot tell this linear from those of the blocks.
         "bitsandbytes": {"proj_out": "weight"},
         "bitsandbytes-double": {"proj_out": "weight"},
