@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from dqconvert.converter.families import flux
-from dqconvert.converter.family import Entry, Family, Infos, depth
+from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _LINEARS = tuple(replace(linear, gelu=None) for linear in flux.LINEARS)
@@ -77,6 +77,12 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("patch_size", "in_channels", "out_channels"),
     facts=_facts,
+    policies={
+        # Its loader in diffusers cannot tell this linear from those of the blocks.
+        "bitsandbytes": {"proj_out": "weight"},
+        "bitsandbytes-double": {"proj_out": "weight"},
+    },
+    outside=(Linear("proj_out", "output"),),
     sensitive=flux.FAMILY.sensitive,
     folds=flux.FOLDS,
     pipelines={"": "OvisImagePipeline"},
