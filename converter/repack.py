@@ -191,7 +191,7 @@ def _compare(name: str, q: QuantizedTensor, again: QuantizedTensor, losses: Loss
             continue
         one, two = was.float(), now.float()
         if one.shape != two.shape:  # one scale for all, or one for each row
-            one, two = one.expand(two.numel()), two.expand(one.numel())
+            one, two = torch.broadcast_tensors(one, two)
         off = float((two - one).norm() / one.norm()) if bool(one.any()) else float(two.norm())
         if not off < 1 / 16:
             losses.problems.append(f"{name}: its {PARTS[part]} do not fit the target's dtype")
