@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.job import Job
 from dqconvert.converter.lora.files import LoraSpec, opened
+from dqconvert.converter.lora.keys import SECOND, encoder_of
 from dqconvert.converter.lora.match import Loras, read
 from dqconvert.converter.lora.merged import MergedSource
+from dqconvert.converter.resolve import TRANSFORMER
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import Scheme
 
@@ -39,6 +41,27 @@ def loras_of(job: Job, source: CanonicalSource) -> Loras:
 def merged(job: Job, source: CanonicalSource) -> CanonicalSource:
     """A job's model with its LoRAs merged; the model itself where there are none."""
     return MergedSource(source, loras_of(job, source)) if job.loras else source
+
+
+def holding(job: Job, component: str) -> Job:
+    """A job for one part of its pipeline, with the LoRAs that name that part.
+
+    What names none is the transformer's, as in diffusers.
+    """
+    if component == TRANSFORMER:
+        return job
+    number = int(component.rpartition("_")[2]) if component[-1:].isdigit() else 1
+    held = []
+    for path, strength in job.loras:
+        keys = opened(LoraSpec(path, strength)).source.infos
+        if component.startswith(TRANSFORMER):
+            found = any(key.startswith(SECOND) for key in keys)
+        else:
+            found = any(encoder_of(key) == number for key in keys)
+        held += [(path, strength)] if found else []
+    if held:
+        return replace(job, loras=tuple(held))
+    return replace(job, loras=(), lora_partial=False, lora_mode=MERGE, rank_cap=None)
 
 
 def check(job: Job, scheme: Scheme) -> None:

@@ -68,17 +68,19 @@ class LoraFile:
         if alpha is not None:
             return scale_of(rank, float(self.source.read(alpha).float().reshape(-1)[0]))
         if self.said.get("peft_type") == "LOKR":  # whose whole matrices are scaled as well
-            rank = self._pattern(module, "rank_pattern", "r")
+            whole = self._pattern(module, "rank_pattern", "r")
+            rank = None if whole is None else int(whole)
         alpha = self._pattern(module, "alpha_pattern", "lora_alpha", "alpha")
         return scale_of(rank, alpha, bool(self.said.get("use_rslora")))
 
-    def _pattern(self, module: str, patterns: str, *names: str) -> Any:
+    def _pattern(self, module: str, patterns: str, *names: str) -> float | None:
         """What the config says of a module, by PEFT's rule: the first pattern that ends its name,
         else what it says of all; None where it says nothing."""
         for pattern, value in (self.said.get(patterns) or {}).items():
             if re.match(rf"(?:.*\.)?(?:{pattern})$", module):
-                return value
-        return next((self.said[name] for name in names if name in self.said), None)
+                return float(value)
+        found = next((self.said[name] for name in names if name in self.said), None)
+        return None if found is None else float(found)
 
 
 def opened(spec: LoraSpec) -> LoraFile:

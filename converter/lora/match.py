@@ -116,8 +116,9 @@ def matched(file: LoraFile, names: Names, infos: Infos, component: str = TRANSFO
     """Place every tensor of a file on a model."""
     found = Matching()
     modules: dict[str, dict[str, str]] = {}
+    both = any(key.startswith(SECOND) for key in file.source.infos)
     for key in file.source.infos:
-        other = _other(key, component, names)
+        other = _other(key, component, names, both)
         if other is not None:
             found.others[other] += 1
             continue
@@ -231,14 +232,17 @@ def _made(kind: str, shapes: Mapping[str, Shape]) -> tuple[int, int]:
     return rows, 1
 
 
-def _other(key: str, component: str, names: Names) -> str | None:
-    """The part of the pipeline that a key belongs to, None where it is the one in hand."""
-    number = encoder_of(key)
-    if component in (TRANSFORMER, SECOND.removesuffix(".")):
+def _other(key: str, component: str, names: Names, both: bool) -> str | None:
+    """The part of the pipeline that a key belongs to, None where it is the one in hand.
+
+    both: whether the file tells the second expert from the first.
+    """
+    number, second = encoder_of(key), SECOND.removesuffix(".")
+    if component in (TRANSFORMER, second):
         if number is not None:
             return "text_encoder" if number == 1 else f"text_encoder_{number}"
-        second = key.startswith(SECOND)
-        return SECOND.removesuffix(".") if second and component == TRANSFORMER else None
+        owner = second if key.startswith(SECOND) else TRANSFORMER
+        return owner if both and owner != component else None
     own = int(component.rpartition("_")[2]) if component[-1:].isdigit() else 1
     if number is None:
         said = parse(key)
