@@ -260,6 +260,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("image_condition_type",),
     facts=_facts,
+    # vLLM-Omni has code for HunyuanVideo 1.5 alone (2026).
+    unrun=("vllm",),
     video=True,
     sensitive=(f"{BLOCK}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=(*FOLDS, *_SINGLE_FOLDS),

@@ -109,6 +109,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("target_size", "task_type"),
     facts=_facts,
+    # SGLang has code for the first HunyuanVideo alone (2026).
+    unrun=("sglang",),
     video=True,
     sensitive=(f"{BLOCK}.attn.to_out.0", f"{BLOCK}.attn.to_add_out"),
     folds=hunyuan_video.FOLDS,

@@ -145,6 +145,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("num_attention_heads", "attention_head_dim"),
     facts=_facts,
+    # Both have code for LTX-2 alone (2026).
+    unrun=("sglang", "vllm"),
     video=True,
     sensitive=(f"{BLOCK}.attn1.to_out.0", f"{BLOCK}.attn2.to_out.0"),
     # All blocks read one time projection, so none can divide its own shift and scale.

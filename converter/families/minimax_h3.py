@@ -70,7 +70,7 @@ _ORIGINAL = (
 def _config_of(infos: Infos) -> dict[str, Any]:
     """The MiniMaxH3Transformer3DModel config that the shapes imply.
 
-    pruned: that a table stands for the embedding of the time, which ComfyUI alone reads.
+    pruned: that a table stands for the embedding of the time, which diffusers does not read.
     """
     hidden, channels = infos["proj_in.weight"].shape
     head = infos["transformer_blocks.0.attn.norm_q.weight"].shape[0]
@@ -97,8 +97,9 @@ def _config_of(infos: Infos) -> dict[str, Any]:
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("pruned") and dialect != "original":
         raise SourceError(
-            f"a pruned MiniMax-H3: {_TABLE} stands for its time_embedder, which ComfyUI alone "
-            "reads; convert the unpruned checkpoint (MiniMaxAI/MiniMax-H3) for this runtime"
+            f"a pruned MiniMax-H3: {_TABLE} stands for its time_embedder, which is read under "
+            "ComfyUI's names alone; convert it for ComfyUI, or the unpruned checkpoint "
+            "(MiniMaxAI/MiniMax-H3)"
         )
     return {}
 

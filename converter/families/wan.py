@@ -136,8 +136,8 @@ def _config_of(infos: Infos) -> dict[str, Any]:
 def _variant(infos: Infos, config: Mapping[str, Any]) -> str:
     """What it makes videos of. Text to video has the same tensors in Wan 2.1 and both experts."""
     kind = _CLASSES.get(config.get("_class_name", ""))
-    if kind:
-        return kind
+    if kind or "fps_embedding.weight" in infos:
+        return kind or "skyreels-v2"
     channels = infos["patch_embedding.weight"].shape[1]
     made = infos["proj_out.weight"].shape[0] // prod(infos["patch_embedding.weight"].shape[2:])
     if f"{_EMBEDDER}.image_embedder.pos_embed" in infos:

@@ -77,6 +77,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("num_attention_heads", "attention_head_dim", "vace_layers"),
     facts=_facts,
+    # SGLang has no code for it (its folder dits, 2026).
+    unrun=("sglang",),
     video=True,
     sensitive=(
         f"{_BLOCK}.attn1.to_out.0",
