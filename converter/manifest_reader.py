@@ -23,7 +23,8 @@ class Manifest:
 
     dialect: the naming of the source; component: what it is of the pipeline; calibration: the key
     of its statistics; errors: weight errors by layer; schemes: by layer; settings: what was said
-    of the target alone; files: SHA-256 by file name; loras: what was merged.
+    of the target alone; files: SHA-256 by file name; loras: what was merged;
+    dequantized: canonical linears that were packed in the file that this was transcoded from.
     """
 
     scheme: str | None = None
@@ -37,6 +38,7 @@ class Manifest:
     settings: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[Recorded, ...] = ()
+    dequantized: frozenset[str] = frozenset()
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -67,6 +69,9 @@ def read_manifest(path: Path) -> Manifest:
             settings={name: _of(settings, name, str) for name in settings},
             files={name: _of(_fields(files[name], name), "sha256", str) for name in files},
             loras=tuple(map(_lora, _of(said, "loras", list, []))),
+            dequantized=frozenset(
+                map(str, _of(_part(said, "transcoded"), "dequantized", list, []))
+            ),
         )
     except _Wrong as error:
         raise SourceError(

@@ -36,6 +36,9 @@ from dqconvert.quantizers.schemes import scheme
 OVER = "; leave it out with --keep"
 """What a conversion may advise, and nobody can do here."""
 
+SAME = ("rounding", "smooth", "bits", "imatrix", "precondition", "lora_mode")
+"""Options of the conversion that are still true."""
+
 TITLES = r"^svdq-(int4|fp4)_r\d+-"
 """What names of nunchaku's files begin with."""
 
@@ -101,7 +104,9 @@ def transcode(
             notes=notes,
             precondition=folded.kinds if folded else {},
         )
-        manifest.write(folder, prepared, done_report, files.digests, _history(found))
+        manifest.write(
+            folder, prepared, done_report, files.digests, _history(found, losses.dequantized)
+        )
     return prepared.output, notes
 
 
@@ -152,9 +157,9 @@ def _prepared(found: Reopened, wish: Transcoding) -> Prepared:
         zero_points=options.zero_points,
         settings=options.settings,
     )
-    return Prepared(
-        job, model, source, planner.plan(options), None, output, options, tuple(planner.notes)
-    )
+    held = sum(info.nbytes for info in found.source.infos.values())
+    plan = replace(planner.plan(options), source_bytes=held)
+    return Prepared(job, model, source, plan, None, output, options, tuple(planner.notes))
 
 
 class _Planner:
@@ -368,19 +373,24 @@ def _provenance(found: Reopened) -> dict[str, Any]:
     }
 
 
-def _history(found: Reopened) -> dict[str, Any]:
-    """For the new manifest: the file that this was made of, and what its manifest said."""
+def _history(found: Reopened, dequantized: list[str]) -> dict[str, Any]:
+    """For the new manifest: the file that this was made of, and what its manifest said.
+
+    dequantized: canonical linears that were packed in it.
+    """
     said = _said(found)
     made = {
         "file": found.path.name,
         "target": found.target.NAME,
         "files": {path.name: _sha256(path) for path in found.source.files},
+        "dequantized": dequantized,
         "before": said.get("transcoded"),
     }
     kept = {key: said[key] for key in ("source", "calibration", "loras") if said.get(key)}
     options = said.get("options")
-    rounding = options.get("rounding") if isinstance(options, dict) else None
-    return {**kept, "transcoded": made, "options": {"rounding": rounding}}
+    options = options if isinstance(options, dict) else {}
+    same = {key: options[key] for key in SAME if key in options} or {"rounding": None}
+    return {**kept, "transcoded": made, "options": same}
 
 
 def _sha256(path: Path) -> str:

@@ -224,10 +224,14 @@ class _Reference:
         return "lowrank" not in scheme.steps and said != "rtn"
 
     def kept(self, name: str, tensor: torch.Tensor) -> list[str]:
-        """Kept tensors must be the model's own, but for the cast."""
+        """Kept tensors must be the model's own, but for the cast, or what had been quantized."""
         if name not in self.source.infos:
             return [f"{name}: the model has no such tensor"]
         original = self.source.read(name).to(tensor.dtype)
+        if name.rpartition(".")[0] in self._found.manifest.dequantized:
+            limit = LIMITS[self.plan.scheme.weight.bits] * original.float().norm()
+            near = bool((tensor.float() - original.float()).norm() <= limit)
+            return [] if near else [f"{name}: these are not the model's weights"]
         return [] if torch.equal(original, tensor) else [f"{name}: differs from the model's"]
 
 
