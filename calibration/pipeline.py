@@ -54,10 +54,14 @@ class _Index:
 
 
 def encode(
-    folder: Path, prompts: Sequence[Prompt], settings: CalibrationSettings
+    folder: Path,
+    prompts: Sequence[Prompt],
+    settings: CalibrationSettings,
+    before: Callable[[Any, int], None] = lambda pipe, index: None,
 ) -> tuple[Encoded, ...]:
     """The embeddings of every prompt, on the CPU, in the dtype of the settings.
 
+    before: is told of the pipeline and the number of each prompt that is encoded next.
     The text encoders run in the dtype that their files have: in float32 T5-XXL alone is 19 GB.
     """
     index = _index(folder)
@@ -67,12 +71,15 @@ def encode(
     others = [name for name in index.named("") if not name.startswith((*TEXT, "processor"))]
     given = dict.fromkeys(others) | _text_encoders(index, settings)
     pipe = _load(index, given).to(settings.device)
-    encoded = tuple(_encode(pipe, signature, prompt, settings) for prompt in prompts)
+    encoded = []
+    for index, prompt in enumerate(prompts):
+        before(pipe, index)
+        encoded.append(_encode(pipe, signature, prompt, settings))
     del pipe, given
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return encoded
+    return tuple(encoded)
 
 
 def open_denoiser(

@@ -307,7 +307,7 @@ def transcode(as_json: bool, quiet: bool, **words: Any) -> None:
 @main.command()
 @click.argument("model")
 @click.option(
-    "--component", type=click.Choice(["transformer", "transformer_2"]), default="transformer"
+    "--component", default="transformer", metavar="NAME", help="Or transformer_2, text_encoder."
 )
 @click.option("--calib", type=PATH, metavar="FILE", required=True)
 @click.option("--calib-steps", type=click.IntRange(1), metavar="N", help="Default: 12.")

@@ -27,6 +27,7 @@ from dqconvert.converter.job import Job, Progress, Report
 from dqconvert.converter.lora.apply import holding
 from dqconvert.converter.prepare import Prepared, check_apart, prepare
 from dqconvert.converter.resolve import ALL, INDEX, TRANSFORMER, read_json, resolve
+from dqconvert.converter.statistics import ENCODER
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.targets import target
 from dqconvert.quantizers.errors import OutputError, PlanError
@@ -36,7 +37,8 @@ RUNTIMES = ("diffusers", "sglang", "vllm")
 """Targets that read pipeline folders."""
 
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".onnx_data", ".gguf")
-ENCODERS = ("text_encoder", "image_encoder")
+
+ENCODERS = (ENCODER, "image_encoder")
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """Of the weights in a component's folder."""
 
@@ -121,6 +123,8 @@ def _job_of(job: Job, name: str, output: Path) -> Job | None:
         scheme=job.encoder_scheme,
         target=job.target or scheme(job.scheme).targets[0],
         component=name,
+        calib=job.calib if name.startswith(ENCODER) else None,
+        calib_samples=job.calib_samples if job.calib and name.startswith(ENCODER) else None,
         output=output / f"{name}.part",
         workers=job.workers,
         loras=job.loras,

@@ -20,6 +20,7 @@ from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import (
+    ENCODER,
     SECOND,
     Calibration,
     config_of,
@@ -247,8 +248,10 @@ def _check_words(job: Job, chosen: Scheme) -> None:
     if job.imatrix is not None:
         _check_imatrix(job.imatrix, job, chosen)
     if job.calib is not None:
-        if job.component not in (TRANSFORMER, SECOND):
-            raise PlanError([f"--calib: observes the transformer, not --component {job.component}"])
+        if job.component not in (TRANSFORMER, SECOND) and not job.component.startswith(ENCODER):
+            raise PlanError(
+                [f"--calib: observes transformers and text encoders, not {job.component}"]
+            )
         return
     given = {
         "--rounding gptq": job.rounding == "gptq",

@@ -36,6 +36,9 @@ FRAMES, VIDEO_SIZE = 17, (256, 416)
 SECOND = "transformer_2"
 """What Wan 2.2's pipelines call their expert for the steps of little noise."""
 
+ENCODER = "text_encoder"
+"""How the names of text encoders begin, which are observed while they encode the prompts."""
+
 STEPS = 12
 """Denoising steps of a prompt: spread over the schedule, they matter more than many prompts."""
 
@@ -97,7 +100,7 @@ def plan_calibration(
     size = job.size or (VIDEO_SIZE if family.video else (None, None))
     total = sum(info.nbytes for info in source.infos.values())
     settings = CalibrationSettings(
-        steps=job.calib_steps or STEPS,
+        steps=1 if job.component.startswith(ENCODER) else job.calib_steps or STEPS,
         height=size[0],
         width=size[1],
         frames=FRAMES if family.video else None,
@@ -222,6 +225,7 @@ def _run(
 ) -> None:
     from dqconvert.calibration import store
     from dqconvert.calibration.collect import Subject, collect
+    from dqconvert.calibration.encoders import observe_encoder
 
     def weights(prefix: str) -> dict[str, Tensor]:
         return {name: source.read(name) for name in source.infos if name.startswith(prefix)}
@@ -229,6 +233,11 @@ def _run(
     def progress(done: int, total: int) -> None:
         listen(Progress("calibrate", done, total))
 
+    chosen = (calibration.sites, calibration.prompts, calibration.settings)
+    if calibration.component.startswith(ENCODER):
+        found = observe_encoder(calibration.pipeline / calibration.component, *chosen, progress)
+        store.save(calibration.path, calibration.key, found)
+        return
     config = config_of(model, source)
     blocks = tuple(
         blocks
@@ -236,7 +245,7 @@ def _run(
         if any(name.startswith(f"{blocks}.") for name in source.infos)
     )
     subject = Subject(calibration.pipeline, config, weights, blocks, calibration.component)
-    found = collect(subject, calibration.sites, calibration.prompts, calibration.settings, progress)
+    found = collect(subject, *chosen, progress)
     store.save(calibration.path, calibration.key, found)
 
 
@@ -253,6 +262,10 @@ def _sites(source: CanonicalSource) -> tuple[Site, ...]:
 
 def _pipeline(job: Job, model: Model, family: Family) -> Path:
     """The folder with the text encoders; CalibrationError where it is another family's."""
+    if job.pipeline and job.component.startswith(ENCODER):
+        raise CalibrationError(
+            f"--pipeline {job.pipeline}: leave it out; {job.component} is observed in its own"
+        )
     folder = resolve(job.pipeline, whole=True).pipeline if job.pipeline else model.pipeline
     if folder is None:
         raise CalibrationError(
