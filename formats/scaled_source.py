@@ -69,8 +69,12 @@ class Rescaled:
     @cached_property
     def kept(self) -> Mapping[str, str]:
         """Codes and scales have no more than 16 bits to give."""
-        changed = (name for name, info in self.infos.items() if info != self.source.infos[name])
-        return {**kept_dtypes(self.source), **dict.fromkeys(changed, "BF16")}
+        return {**kept_dtypes(self.source), **dict.fromkeys(self._changed, "BF16")}
+
+    @cached_property
+    def _changed(self) -> frozenset[str]:
+        infos = self.source.infos
+        return frozenset(name for name, info in self.infos.items() if info != infos[name])
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,7 +108,7 @@ class Rescaled:
         from dqconvert.quantizers.codes import decode
 
         tensor, info = self.source.read(name, rows), self.source.infos[name]
-        if self.infos[name] == info:
+        if name not in self._changed:
             return tensor
         tensor = decode(tensor, CODES[info.dtype]) if info.dtype in CODES else tensor.float()
         if name not in self._scales:
@@ -114,10 +118,10 @@ class Rescaled:
 
     def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
         """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
-        if self.infos[name] == self.source.infos[name]:
-            self.source.fill(name, out, rows)
-        else:
+        if name in self._changed:
             out.copy_(self.read(name, rows))
+        else:
+            self.source.fill(name, out, rows)
 
 
 def has_bytes(source: Source) -> bool:

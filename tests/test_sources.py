@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import runpy
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,13 @@ PAIRS, done, refused = checkpoints.PAIRS, checkpoints.done, checkpoints.refused
 Tensors = dict[str, Tensor]
 LOST = "what they lost stays lost"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DQCONVERT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +180,39 @@ def folder(path: Path, pipeline: Path, tensors: Tensors, said: Mapping[str, Any]
     config = json.loads((pipeline / "transformer" / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
     return path
+
+
+KITCHENS: dict[str, tuple[str, dict[str, Any]]] = {
+    "float8_e4m3fn": ("TensorCoreFP8Layout", {}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}),
+    "nvfp4": ("TensorCoreNVFP4Layout", {}),
+    "int8_tensorwise": (
+        "TensorWiseINT8Layout",
+        {"convrot": True, "convrot_groupsize": 64, "per_channel": True},
+    ),
+    "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", {"convrot_groupsize": 64}),
+}
+
+
+@pytest.mark.parametrize("kind", KITCHENS)
+def test_files_that_comfy_kitchen_quantized(exact: Tensors, tmp_path: Path, kind: str) -> None:
+    kitchen = pytest.importorskip("comfy_kitchen.tensor")
+    layout, words = KITCHENS[kind]
+    marker = torch.tensor(list(json.dumps({"format": kind, **words}).encode()), dtype=torch.uint8)
+    original, needed = checkpoints.original(exact), {}
+
+    def change(name: str, tensor: Tensor) -> Tensors:
+        made = kitchen.QuantizedTensor.from_float(tensor.float(), layout, **words)
+        needed[name] = made.dequantize()[: tensor.shape[0], : tensor.shape[1]]
+        found = {key: t.clone() for key, t in made.state_dict("weight").items()}
+        return {**found, "comfy_quant": marker.clone()}
+
+    save_file(changed(original, change), tmp_path / "kitchen.safetensors")
+    found = opened(tmp_path / "kitchen.safetensors")
+    theirs = checkpoints.original({name: found.read(name) for name in exact})
+    for name, tensor in needed.items():
+        torch.testing.assert_close(theirs[name].float(), tensor, rtol=1e-5, atol=1e-6)
+    done(tmp_path / "kitchen.safetensors", "--scheme", "gguf-q8_0", "--dry-run")
 
 
 Change = Callable[[str, Tensor], dict[str, Tensor]]
@@ -384,3 +425,48 @@ def test_every_code_of_a_cast(tmp_path: Path, dtype: torch.dtype) -> None:
             for one, two in zip(got, needed, strict=True)
         )
     assert torch.equal(source.read("a.weight", (3, 5)), codes[3:5].float())
+
+
+def test_a_model_of_no_known_family(tmp_path: Path) -> None:
+    """What is told by names alone is told of packed layers as well."""
+    config = {
+        "_class_name": "CogVideoXTransformer3DModel",
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "time_embed_dim": 64,
+        "text_embed_dim": 48,
+    }
+    (tmp_path / "cog").mkdir()
+    save_file(
+        checkpoints.filled(checkpoints.meta_model(config)), tmp_path / "cog" / checkpoints.WEIGHTS
+    )
+    (tmp_path / "cog" / "config.json").write_text(json.dumps(config))
+    words = ("--target", "diffusers", "-o")
+    done(tmp_path / "cog", "--scheme", "bnb-nf4", *words, tmp_path / "nf4", "-q")
+    said = done(tmp_path / "nf4", "--scheme", "int8", *words, tmp_path / "int8")
+    assert f"quantized weights (16 nf4): {LOST}" in said
+    found, back = opened(tmp_path / "nf4"), opened(tmp_path / "int8")
+    for name in found.infos:
+        assert off(back.read(name), found.read(name)) < 0.01, name
+
+
+def test_a_quantized_transformer_is_calibrated(pipeline: Path, tmp_path: Path) -> None:
+    """Also with layers that were folded, which is taken back first."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n")
+    calib = ("--calib", prompts, "--calib-steps", "1", "--size", "32x32", "-o")
+    words = ("--scheme", "awq-w4a16", "--target", "diffusers", "-q")
+    done(pipeline, *words, *calib, tmp_path / "awq")
+    rows = json.loads((tmp_path / "awq" / "dqconvert.json").read_text())["layers"]
+    worst = max(row["weight_error"] for row in rows)
+    found = opened(tmp_path / "awq")
+    for name, tensor in checkpoints.weights_of(pipeline).items():
+        if is_linear(name, tensor):
+            assert off(found.read(name), tensor) < worst + 0.01, name
+    whole = tmp_path / "whole"
+    shutil.copytree(pipeline, whole)
+    shutil.rmtree(whole / "transformer")
+    shutil.copytree(tmp_path / "awq", whole / "transformer")
+    said = done(whole, "--scheme", "fp8-tensor", *calib, tmp_path / "fp8")
+    assert LOST in said and "output error" in said
