@@ -10,7 +10,7 @@ from typing import Any
 
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.reopen import NoFamily, reopen
-from dqconvert.converter.resolve import TRANSFORMER, is_folder_of_one, read_json
+from dqconvert.converter.resolve import TRANSFORMER, folder_of, is_folder_of_one, read_json
 from dqconvert.formats.gguf_readers import readers
 from dqconvert.formats.gguf_source import GGUFSource, decoded_types
 from dqconvert.formats.source import open_source
@@ -36,7 +36,7 @@ def inspect(path: Path) -> Inspection:
     if not path.exists():
         raise SourceError(f"{path}: no such file or folder")
     inside = (path / "model_index.json").exists() or is_folder_of_one(path)
-    weights = path / TRANSFORMER if inside else path
+    weights = path / folder_of(path, TRANSFORMER) if inside else path
     try:
         source = open_source(weights)
     except SourceError as error:

@@ -19,6 +19,8 @@ from dqconvert.quantizers.errors import DQConvertError, SourceError, UnknownName
 DATA = Path(__file__).parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 TRANSFORMER = "transformer"
+UNET = "unet"
+"""In the place of the transformer in older pipelines."""
 INDEX = "model_index.json"
 ALL = "all"
 """In the place of a component: every one of the pipeline."""
@@ -125,11 +127,11 @@ def _local(
         raise SourceError(f"{path}: --component all needs a pipeline, which has a {INDEX}")
     component = TRANSFORMER if component == ALL else component
     if (path / INDEX).exists():
-        weights, pipeline = path / component, path
+        weights, pipeline = path / folder_of(path, component), path
         if not weights.is_dir():
             raise SourceError(f"{path}: the pipeline has no folder called {component}")
     elif is_folder_of_one(path, component):
-        weights = path / component
+        weights = path / folder_of(path, component)
     elif component != TRANSFORMER:
         raise SourceError(f"{path}: --component {component} needs a pipeline folder or a Hub id")
     elif path.is_dir() and (path.absolute().parent / "model_index.json").exists():
@@ -141,7 +143,14 @@ def _local(
 
 def is_folder_of_one(path: Path, component: str = TRANSFORMER) -> bool:
     """Whether a folder holds a component in a folder of its own, but no pipeline around it."""
-    return path.is_dir() and not any(path.glob("*.safetensors")) and (path / component).is_dir()
+    bare = path.is_dir() and not any(path.glob("*.safetensors"))
+    return bare and (path / folder_of(path, component)).is_dir()
+
+
+def folder_of(path: Path, component: str) -> str:
+    """The folder of a component: a pipeline without a transformer may have a U-Net."""
+    older = component == TRANSFORMER and not (path / TRANSFORMER).is_dir()
+    return UNET if older and (path / UNET).is_dir() else component
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
@@ -155,7 +164,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 def _short(path: Path) -> str:
     """A short name from a path: the pipeline's rather than "transformer"."""
     path = path.absolute()  # links keep their names: a hub cache links to hashes
-    if path.name == "transformer":
+    if path.name in (TRANSFORMER, UNET):
         path = path.parent
     stem = path.stem if path.is_file() else path.name
     return re.sub(r"-\d{5}-of-\d{5}$|\.safetensors\.index$", "", stem).lower()
@@ -166,7 +175,9 @@ def _snapshot(repo: str, whole: bool, component: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors as hub
 
-    weights = (f"{component}/*.json", f"{component}/*.safetensors")
+    weights = [f"{component}/*.json", f"{component}/*.safetensors"]
+    if component == TRANSFORMER:  # which may be a U-Net, beside copies of itself in 16 bit
+        weights += [f"{UNET}/config.json", f"{UNET}/diffusion_pytorch_model.safetensors"]
     patterns = [INDEX, *weights, *(_PIPELINE if whole else ())]
     if component == ALL:
         patterns = [INDEX, "*/*"]

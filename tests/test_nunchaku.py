@@ -342,3 +342,17 @@ def test_files_come_back_from_diffusers_layout_as_they_were(converted: Any, tmp_
             assert torch.allclose(again[key].float(), tensor.float(), atol=0.02)
         else:
             assert samples.same(again[key], tensor), key
+
+
+def test_the_unet_of_a_pipeline_is_found(tmp_path: Path) -> None:
+    config = SDXL["config"](**SDXL["SMALL"] | SDXL["SHALLOW"])
+    folder = tmp_path / "my-sdxl" / "unet"
+    folder.mkdir(parents=True)
+    meta = checkpoints.meta_model(config)
+    checkpoints.sparse(folder / checkpoints.WEIGHTS, samples.infos_of(meta))
+    (folder / "config.json").write_text(json.dumps(config))
+    words = ("--scheme", "svdquant-w4a4", "--target", "nunchaku", "--dry-run")
+    for model in (folder, folder.parent):
+        assert "svdq-int4_r32-my-sdxl.safetensors" in checkpoints.done("convert", model, *words)
+    (folder.parent / "model_index.json").write_text("{}")
+    assert "my-sdxl" in checkpoints.done("convert", folder.parent, *words)
