@@ -149,14 +149,18 @@ def test_ltx_2_of_every_version_is_read_as_its_script_reads_it(number: int) -> N
     assert checkpoints.same_tensors(read_all(open_canonical(Memory(checkpoint), PATH)), model)
 
 
-def test_what_connects_the_text_encoder_of_ltx_2_is_kept() -> None:
-    _, meta = model_of("ltx2")
-    model = checkpoints.filled(meta, columns=2)
+@pytest.mark.parametrize(("target", "held"), [("comfyui", True), ("lightx2v", False)])
+def test_what_connects_the_text_encoder_of_ltx_2_is_kept_for_comfyui(
+    target: str, held: bool
+) -> None:
+    """LightX2V drops it (remove_keys of its LTX2Model) and reads the first checkpoint for it."""
+    config, meta = model_of("ltx2")
     beside = "video_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.weight"
-    checkpoint = written("ltx2", "original", model) | {beside: torch.ones(3, 2)}
-    found = open_canonical(Memory(checkpoint), PATH)
+    rest = {beside: torch.empty(3, 2, device="meta", dtype=torch.bfloat16)}
+    found = open_canonical(Memory(written("ltx2", "original", meta) | rest), PATH)
     assert unknown(found) == [beside]
-    assert torch.equal(found.read(beside), torch.ones(3, 2))
+    plan = make_plan(found, targets()[target], scheme("int8"), PlanOptions(), ("m", config))
+    assert (beside in plan.outputs) == held
 
 
 def lightx2v_layers(name: str) -> set[str]:

@@ -2,8 +2,7 @@
 
 Names: diffusers/models/transformers/transformer_ltx2.py and scripts/convert_ltx2_to_diffusers.py;
 original: Lightricks/LTX-2 packages/ltx-core, which ComfyUI shares (comfy/ldm/lightricks/
-av_model.py) and LightX2V with its prefix. What connects the text encoder lies in the same files;
-it is kept as it is.
+av_model.py) and LightX2V with its prefix.
 """
 
 from __future__ import annotations
@@ -22,6 +21,9 @@ _ATTENTIONS = ("attn1", "attn2", *_SOUND)
 _GATES = tuple(f"{BLOCK}.{name}.to_gate_logits" for name in _ATTENTIONS)
 _CAPTIONS = ("caption_projection", "audio_caption_projection")
 _PROMPTS = ("prompt_adaln", "audio_prompt_adaln")
+_CONNECTORS = ("video_embeddings_connector.", "audio_embeddings_connector.")
+"""What makes the prompt's tokens fit: beside the transformer in the same files."""
+
 _PROMPT_TABLES = tuple(f"{BLOCK}.{kind}prompt_scale_shift_table" for kind in ("", "audio_"))
 
 
@@ -158,4 +160,6 @@ FAMILY = Family(
     unguided=("distilled",),
     pipelines={"": "LTX2Pipeline"},
     encoders={"text_encoder": "gemma3"},
+    # Others have them in a folder of their own, or read the first checkpoint for them.
+    passengers=dict.fromkeys(_CONNECTORS, ("comfyui", "gguf")),
 )

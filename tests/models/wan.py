@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 _KNOWN = runpy.run_path(str(Path(__file__).parents[1] / "configs.py"))
 config, I2V, TI2V = _KNOWN["wan_config"], _KNOWN["I2V"], _KNOWN["TI2V"]
@@ -22,6 +26,16 @@ def skyreels(**changes: Any) -> dict[str, Any]:
     return found | changes
 
 
+def run_skyreels(model: Any, noise: Callable[..., Tensor]) -> Any:
+    return model(
+        hidden_states=noise(1, model.config.in_channels, 2, 4, 4),
+        timestep=torch.tensor([400]),
+        encoder_hidden_states=noise(1, 512, model.config.text_dim),
+        fps=[1],
+        return_dict=False,
+    )
+
+
 SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 FLF2V = I2V | {"pos_embed_seq_len": 514}
 TINY = {"num_layers": 2, "num_attention_heads": 2, "text_dim": 96, "ffn_dim": 384}
@@ -37,6 +51,6 @@ REAL = {
     "wan2.2-ti2v-5b": config(**TI2V),
     "skyreels-v2-df-1.3b-540p": skyreels(),
 }
-INPUTS: dict[str, Any] = {}
+INPUTS = {"SkyReelsV2Transformer3DModel": run_skyreels}
 CONVERTER = "convert_wan_transformer_to_diffusers"
 WIDE = _KNOWN["CONFIGS"]["wan"][:2]
