@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ SCHEMES = (
     "convrot-w4a8,svdquant-w4a4"
 )
 REQUANTIZED = "int8 from fp8 source"
+MERGED, RANK = "int8 with LoRA", 32
 """A conversion of an already quantized file, half the size of the others' source."""
 
 FLUX_DEV = (19, 38)
@@ -61,6 +62,33 @@ def checkpoint(path: Path, double: int, single: int) -> None:
             if tensor.ndim == 2:
                 tensor[:, ::211] *= 8
             writer.write(name, tensor.bfloat16())
+
+
+def adapter(path: Path, double: int, single: int) -> None:
+    """A LoRA of all linears in the blocks, in kohya's names, bf16."""
+    import torch
+
+    infos = {}
+    for name, shape in _shapes(double, single).items():
+        if "_blocks." in name and len(shape) == 2:
+            base = f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}"
+            infos[f"{base}.lora_down.weight"] = TensorInfo("BF16", (RANK, shape[1]))
+            infos[f"{base}.lora_up.weight"] = TensorInfo("BF16", (shape[0], RANK))
+    generator = torch.Generator().manual_seed(1)
+    with StreamWriter(path, infos, {}) as writer:
+        for name, info in infos.items():
+            tensor = torch.randn(info.shape, generator=generator).mul_(0.02)
+            writer.write(name, tensor.bfloat16())
+
+
+def _made(make: Callable[[Path, int, int], None], path: Path, double: int, single: int) -> Path:
+    """A file, written by a process of its own if it is not there."""
+    if not path.exists():
+        spawn = multiprocessing.get_context("spawn")
+        maker = spawn.Process(target=make, args=(path, double, single))
+        maker.start()
+        maker.join()
+    return path
 
 
 def _shapes(double: int, single: int) -> dict[str, tuple[int, ...]]:
@@ -144,13 +172,8 @@ def main(
         return
     double, single = map(int, blocks.split("x"))
     folder.mkdir(exist_ok=True)
-    source = folder / f"flux-{blocks}.safetensors"
-    if not source.exists():
-        maker = multiprocessing.get_context("spawn").Process(
-            target=checkpoint, args=(source, double, single)
-        )
-        maker.start()
-        maker.join()
+    source = _made(checkpoint, folder / f"flux-{blocks}.safetensors", double, single)
+    lora = _made(adapter, folder / f"lora-{blocks}.safetensors", double, single)
     size = source.stat().st_size
     flags = ["-q", "--overwrite"]
     convert = [sys.executable, "-m", "dqconvert.converter.cli", str(source), *flags]
@@ -169,6 +192,8 @@ def main(
     measure([*convert, "--scheme", "fp8-tensor", "-o", str(eight)])
     requantize = [*convert[:3], str(eight), *flags, "--scheme", "int8"]
     commands[REQUANTIZED] = [*requantize, "-o", str(folder / "requantized")]
+    merge = [*convert, "--scheme", "int8", "--lora", str(lora)]
+    commands[MERGED] = [*merge, "-o", str(folder / "merged")]
     measure(commands["cp"])
     found: dict[str, list[Run]] = {name: [] for name in commands}
     for turn in range(runs):

@@ -33,7 +33,7 @@ class LoraSpec:
     strength: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraFile:
     """An open LoRA file. said: PEFT's config of it, {} without one."""
 
@@ -70,8 +70,8 @@ class LoraFile:
         if self.said.get("peft_type") == "LOKR":  # whose whole matrices are scaled as well
             whole = self._pattern(module, "rank_pattern", "r")
             rank = None if whole is None else int(whole)
-        alpha = self._pattern(module, "alpha_pattern", "lora_alpha", "alpha")
-        return scale_of(rank, alpha, bool(self.said.get("use_rslora")))
+        said = self._pattern(module, "alpha_pattern", "lora_alpha", "alpha")
+        return scale_of(rank, said, bool(self.said.get("use_rslora")))
 
     def _pattern(self, module: str, patterns: str, *names: str) -> float | None:
         """What the config says of a module, by PEFT's rule: the first pattern that ends its name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,11 @@ if TYPE_CHECKING:
 BIAS = "bias"
 """A kind of patch beside those of adapters: what a LoRA's two biases add."""
 
+AT_HAND = 64
+"""Adapters that are kept in memory: more than the layers that are in hand at once have."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Patch:
     """What one adapter of a file does to one tensor, as some dialect has it.
 
@@ -65,14 +68,16 @@ class Patch:
         infos = self.file.source.infos
         return {role: infos[key].shape for role, key in self.roles.items()}
 
-    @cached_property
+    @property
     def adapter(self) -> Adapter:
-        """Its tensors, as the file has them, and their scale."""
-        tensors = {r: self.file.source.read(key) for r, key in self.roles.items() if r != "alpha"}
-        rank = rank_of("lora" if self.kind == BIAS else self.kind, self.shapes)
-        return Adapter(
-            self.kind, tensors, self.file.scale(self.base, rank, self.roles.get("alpha"))
-        )
+        """Its tensors and their scale; of the last patches in use they are at hand."""
+        return _adapter(self)
+
+    def add(self, whole: Tensor, start: int, stop: int) -> None:
+        """Add a plain product to rows start .. stop of a weight, [rows, K] fp32, in place."""
+        found = self.adapter
+        up = found.tensors["up"].flatten(1)[start:stop].float()
+        whole.addmm_(up, found.tensors["down"].flatten(1), alpha=found.scale * self.strength)
 
     def added(self, base: Tensor | None, start: int, stop: int) -> Tensor:
         """What is added to rows start .. stop, [rows, K] fp32. base: those rows, for some kinds."""
@@ -97,6 +102,18 @@ class Patch:
         up = t["up"].flatten(1).float()
         found = up @ t["down_bias"].float() if "down_bias" in t else up.new_zeros(up.shape[0])
         return scale * (found + t["up_bias"].float() if "up_bias" in t else found)
+
+
+@lru_cache(maxsize=AT_HAND)
+def _adapter(patch: Patch) -> Adapter:
+    """down, which all blocks of rows need, in fp32; the rest as the file has it."""
+    source = patch.file.source
+    tensors = {role: source.read(key) for role, key in patch.roles.items() if role != "alpha"}
+    if "down" in tensors:
+        tensors["down"] = tensors["down"].float()
+    rank = rank_of("lora" if patch.kind == BIAS else patch.kind, patch.shapes)
+    scale = patch.file.scale(patch.base, rank, patch.roles.get("alpha"))
+    return Adapter(patch.kind, tensors, scale)
 
 
 @dataclass(slots=True)

@@ -28,6 +28,11 @@ class Share:
     stop: int
 
     @property
+    def plain(self) -> bool:
+        """Whether it is a product of two matrices whose rows are those of the tensor."""
+        return self.patch.rank is not None and self.patch.home.plain
+
+    @property
     def by_rows(self) -> bool:
         """Whether some rows of it can be made alone."""
         patch = self.patch
@@ -57,10 +62,11 @@ class MergedSource(DerivedSource):
         tensor = self.inner.read(name)
         if name not in self.shares:
             return tensor
-        whole = tensor.float()
+        whole = tensor.float().contiguous()
         rows = whole.shape[0] if whole.ndim else 1
-        flat = whole.reshape(rows, -1)
-        return (flat + self._added(name, flat, 0, rows)).reshape(whole.shape)
+        whole = whole if whole is not tensor else tensor.clone()
+        self._merge(name, whole.view(rows, -1), 0, rows)
+        return whole
 
     def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
         """Canonical tensors stacked on rows, or rows start .. stop of the stack."""
@@ -74,23 +80,27 @@ class MergedSource(DerivedSource):
             low, high = max(first, start), min(last, stop)
             if low < high and name in self.shares:
                 part = whole[low - start : high - start]
-                flat = part.view(high - low, -1)
-                flat += self._added(name, flat, low - first, high - first)
+                self._merge(name, part.view(high - low, -1), low - first, high - first)
             first = last
         return whole
 
-    def _added(self, name: str, base: Tensor, start: int, stop: int) -> Tensor:
-        """What all LoRAs add to rows start .. stop of a tensor, [rows, K] fp32."""
-        total = None
-        for share in self.shares[name]:
-            if share.by_rows:
-                rows = (share.start + start, share.start + stop)
-                one = share.patch.added(base, *rows)
-            else:
-                one = self._whole(share, name)[start:stop].clone()
-            total = one if total is None else total.add_(one)
-        assert total is not None
-        return total.reshape(base.shape)
+    def _merge(self, name: str, whole: Tensor, start: int, stop: int) -> None:
+        """Add all LoRAs to rows start .. stop of a tensor, [rows, K] fp32, in place.
+
+        First those that look at the weight, which is still the checkpoint's own.
+        """
+        plain = [share for share in self.shares[name] if share.plain]
+        added = [self._added(s, name, whole, start, stop) for s in self.shares[name] if not s.plain]
+        for one in added:
+            whole += one.reshape(whole.shape)
+        for share in plain:
+            share.patch.add(whole, share.start + start, share.start + stop)
+
+    def _added(self, share: Share, name: str, base: Tensor, start: int, stop: int) -> Tensor:
+        """What a patch adds to rows start .. stop, [rows, K] fp32. base: these rows."""
+        if share.by_rows:
+            return share.patch.added(base, share.start + start, share.start + stop)
+        return self._whole(share, name)[start:stop]
 
     def _whole(self, share: Share, name: str) -> Tensor:
         """What a patch adds to a canonical tensor; of those in hand, the last one is kept."""
