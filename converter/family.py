@@ -113,8 +113,9 @@ class Family:
     the pipelines take. encoders: {component of the pipeline: the family of its weights}. folds:
     where the model itself can hold a smooth vector and a center. outside: linears outside the
     blocks that some policy names. spellings: {target: dialects that it may be written in}
-    where that depends on the class of the model; spelling(class): the one. passengers: {beginning of names of tensors that
-    are another part of the same model: targets whose files hold them too}.
+    where that depends on the class of the model; spelling(class): the one. passengers: {beginning
+    of names of tensors that are another part of the same model: targets whose files hold them too}.
+    vocabulary: tensor in which ComfyUI's files hold the tokenizer.
     """
 
     name: str
@@ -154,6 +155,7 @@ class Family:
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     spelling: Callable[[str], str] = lambda name: "transformers"
     passengers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    vocabulary: str = ""
 
     def dialect_of(self, target: str, dialect: str, own: str = "") -> str:
         """The naming that a target writes: one of its own if the family has it, else its usual.

@@ -211,6 +211,7 @@ def prepare(job: Job) -> Prepared:
     check_apart(output, [*source.source.files, *_given(job)])
     said = source.loras.notes if isinstance(source, MergedSource) else ()
     found = said if tokens is not None else (*said, _NO_TOKENIZER)
+    found = (*found, *_notes_of_vocabulary(source, goal))
     prepared = Prepared(job, model, source, plan, calibration, output, options, found)
     return replace(prepared, branch=branch)
 
@@ -218,6 +219,16 @@ def prepare(job: Job) -> Prepared:
 def _given(job: Job) -> list[Path]:
     """Files beside the checkpoint that a job reads."""
     return [*(one for one in (job.calib, job.imatrix) if one), *(path for path, _ in job.loras)]
+
+
+def _notes_of_vocabulary(source: CanonicalSource, goal: Target) -> Iterator[str]:
+    """ComfyUI has no tokenizers of its own for some encoders, and reads them from the file."""
+    name = source.family.vocabulary
+    if name and goal.NAME == "comfyui" and name not in source.infos:
+        yield (
+            f"ComfyUI makes this encoder's tokenizer of a tensor called {name} in the file, which "
+            "the source lacks; convert the 16-bit file that was made for ComfyUI"
+        )
 
 
 _NO_TOKENIZER = (

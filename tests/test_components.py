@@ -14,6 +14,7 @@ import torch
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny_pipelines.py"))))
 done, refused = checkpoints.done, checkpoints.refused
 
 DIGITS = Path(__file__).parents[1] / "converter" / "data" / "flux-digits"
@@ -80,7 +81,7 @@ def test_diffusers_draws_with_it(whole: Path) -> None:
         pipe.set_progress_bar_config(disable=True)
         seeded = torch.Generator().manual_seed(0)
         found = pipe(
-            "a handwritten seven", num_inference_steps=2, generator=seeded, output_type="pt"
+            "a handwritten seven", num_inference_steps=1, generator=seeded, output_type="pt"
         )
         pictures.append(found.images[0])
     kinds = {type(m.weight).__name__ for m in pipe.transformer.modules() if hasattr(m, "weight")}
@@ -121,3 +122,17 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
         "diffusers",
     )
     assert "needs a pipeline" in said
+
+
+def test_both_experts_are_quantized(tmp_path: Path) -> None:
+    """Wan 2.2's pipelines have two transformers, one for each half of the steps."""
+    folder = tiny.build_tiny("wan_two_experts", tmp_path / "wan")
+    out = tmp_path / "out"
+    words = ("--component", "all", "--scheme", "int8", "--target", "vllm", "--output", out)
+    done("convert", folder, *words)
+    said = check_manifest(out)
+    assert said["components"].keys() == {"transformer", "transformer_2"}
+    for name in said["components"]:
+        config = json.loads((out / name / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "int8"
+        assert "sound" in done("verify", out / name)

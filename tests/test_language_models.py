@@ -108,6 +108,17 @@ def test_layouts_that_transformers_does_not_read_are_refused(saved: Path, tmp_pa
     assert "transformers, which loads this model, cannot read it" in said
 
 
+@pytest.mark.parametrize(
+    ("class_name", "tensor"), [("Gemma2Model", "spiece_model"), ("LlamaModel", "")]
+)
+def test_a_tokenizer_that_comfyui_needs_is_missed(
+    saved: Path, tmp_path: Path, class_name: str, tensor: str
+) -> None:
+    words = ("--scheme", "fp8-tensor", "--target", "comfyui", "-o", tmp_path / "out")
+    said = checkpoints.done("convert", saved / class_name, *words)
+    assert (f"a tensor called {tensor}" in said) == bool(tensor)
+
+
 def test_a_lone_file_has_no_config_for_transformers(saved: Path, tmp_path: Path) -> None:
     alone = tmp_path / "encoder.safetensors"
     alone.write_bytes((saved / "Qwen3Model" / "model.safetensors").read_bytes())

@@ -37,4 +37,5 @@ FAMILY = Family(
     spellings={"diffusers": language.SPELLINGS},
     spelling=language.spelling,
     passengers=language.PASSENGERS,
+    vocabulary="spiece_model",
 )

@@ -40,4 +40,5 @@ FAMILY = Family(
     spellings={"diffusers": language.SPELLINGS},
     spelling=language.spelling,
     passengers=language.PASSENGERS,
+    vocabulary="spiece_model",
 )

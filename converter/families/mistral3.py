@@ -38,4 +38,5 @@ FAMILY = Family(
     spellings={"diffusers": language.SPELLINGS},
     spelling=language.spelling,
     passengers=language.PASSENGERS,
+    vocabulary="tekken_model",
 )

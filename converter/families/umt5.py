@@ -136,5 +136,6 @@ FAMILY = Family(
     facts=facts,
     policies=POLICIES,
     spellings={"diffusers": ("transformers",)},
-    passengers={"spiece_model": ("comfyui",)},  # the tokenizer
+    passengers={"spiece_model": ("comfyui",)},
+    vocabulary="spiece_model",
 )
