@@ -176,3 +176,10 @@ def test_gguf_is_refused_where_nobody_reads_it(name: str) -> None:
     source = open_canonical(Memory(meta_model(config)), PATH)
     with pytest.raises(PlanError, match="gguf does not run"):
         make_plan(source, targets()["gguf"], scheme("gguf-q8_0"), PlanOptions(), (name, config))
+
+
+def test_every_encoder_that_a_family_names_is_one() -> None:
+    """ByT5, which reads glyphs, is T5 with other tokens."""
+    named = {name for family in families().values() for name in family.encoders.values()}
+    assert named <= families().keys()
+    assert not any(families()[name].task for name in named)

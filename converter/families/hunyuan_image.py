@@ -113,5 +113,5 @@ FAMILY = Family(
     sensitive=flux.FAMILY.sensitive,
     folds=flux.FOLDS,
     pipelines={"": "HunyuanImagePipeline"},
-    encoders={"text_encoder": "qwen25_vl", "text_encoder_2": "byt5"},
+    encoders={"text_encoder": "qwen25_vl", "text_encoder_2": "t5"},
 )

@@ -121,5 +121,5 @@ FAMILY = Family(
         "i2v": "HunyuanVideo15ImageToVideoPipeline",
     },
     fields=("prompt", "negative_prompt", "image"),
-    encoders={"text_encoder": "qwen25_vl", "text_encoder_2": "byt5"},
+    encoders={"text_encoder": "qwen25_vl", "text_encoder_2": "t5"},
 )
