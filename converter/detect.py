@@ -39,6 +39,9 @@ OTHERS = (
 )
 """How the names of other components begin in all-in-one checkpoints."""
 
+EXTRA_STATE = "._extra_state"
+"""How the names end of what Transformer Engine keeps for itself beside the weights."""
+
 NAMED = 4
 """How many tensors an error names."""
 
@@ -89,7 +92,11 @@ class _Reading:
         used = {origin.tensor for origin in self.origins.values()}
         unread = (*self.family.unread, *OTHERS)
         rest = {k: name for k, name in self.short.items() if name not in used}
-        return {k: name for k, name in rest.items() if not k.startswith(unread)}
+        return {
+            k: name
+            for k, name in rest.items()
+            if not (k.startswith(unread) or k.endswith(EXTRA_STATE))
+        }
 
     @property
     def nbytes(self) -> int:

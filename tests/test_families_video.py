@@ -282,3 +282,14 @@ def test_kernels_that_blur_are_not_missed() -> None:
     kernel = "motion_encoder.enc.net_app.convs.3.conv2.0.kernel"
     found = open_canonical(Memory(checkpoint | {kernel: torch.ones(4, 4)}), PATH)
     assert not unknown(found)
+
+
+def test_what_cosmos_was_trained_with_is_not_missed() -> None:
+    """Counters and the state of Transformer Engine, as NVIDIA's own files have them."""
+    _, meta = model_of("cosmos")
+    beside = ("accum_iteration", "pos_embedder.seq", "blocks.0.self_attn.q_norm._extra_state")
+    checkpoint = written("cosmos", "original", checkpoints.filled(meta, columns=2))
+    checkpoint |= dict.fromkeys(beside, torch.ones(4, dtype=torch.uint8))
+    found = open_canonical(Memory({f"net.{name}": t for name, t in checkpoint.items()}), PATH)
+    assert found.family.name == "cosmos"
+    assert not unknown(found)
