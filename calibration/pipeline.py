@@ -72,8 +72,8 @@ def encode(
     given = dict.fromkeys(others) | _text_encoders(index, settings)
     pipe = _load(index, given).to(settings.device)
     encoded = []
-    for index, prompt in enumerate(prompts):
-        before(pipe, index)
+    for place, prompt in enumerate(prompts):
+        before(pipe, place)
         encoded.append(_encode(pipe, signature, prompt, settings))
     del pipe, given
     gc.collect()
