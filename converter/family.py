@@ -88,7 +88,8 @@ class Fold:
 class Family:
     """A model family, as data.
 
-    title: for people; aliases: {short name: Hub id}. signature: canonical tensors that only this
+    title: for people; aliases: {short name: Hub id}. classes: what config.json may call the models,
+    () where nothing else has such tensors. signature: canonical tensors that only this
     family has together; foreign: those that tell another family, which has all of the signature
     as well. hidden: canonical tensor whose rows are the hidden size. blocks: the module lists of
     transformer blocks. optional: modules that some variants lack; scattered: modules that some
@@ -129,6 +130,7 @@ class Family:
     dialects: Mapping[str, tuple[Entry, ...]]
     config_of: Callable[[Infos], dict[str, Any]]
     facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+    classes: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     scattered: tuple[str, ...] = ()

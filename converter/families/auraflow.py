@@ -121,6 +121,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "apache-2.0"),
     architecture="aura",
+    classes=("AuraFlowTransformer2DModel",),
     signature=(
         "register_tokens",
         "pos_embed.pos_embed",

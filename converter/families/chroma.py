@@ -69,6 +69,7 @@ FAMILY = Family(
     },
     licenses=dict.fromkeys(("chroma1-hd", "chroma1-base", "chroma1-flash"), "apache-2.0"),
     architecture="flux",  # ComfyUI-GGUF's tools tell it by FLUX.1's blocks
+    classes=("ChromaTransformer2DModel",),
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

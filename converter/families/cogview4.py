@@ -65,6 +65,7 @@ FAMILY = Family(
     title="CogView4",
     aliases={"cogview4-6b": "zai-org/CogView4-6B"},
     licenses={"cogview4-6b": "apache-2.0"},
+    classes=("CogView4Transformer2DModel",),
     signature=(
         "patch_embed.proj.weight",
         "patch_embed.text_proj.weight",

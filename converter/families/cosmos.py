@@ -158,6 +158,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "nvidia-open-model-license"),
     architecture="cosmos",
+    classes=("CosmosTransformer3DModel",),
     signature=(
         "patch_embed.proj.weight",
         "time_embed.t_embedder.linear_1.weight",

@@ -85,6 +85,7 @@ FAMILY = Family(
     # ComfyUI-GGUF has no word for it and takes this one in Unsloth's files; ComfyUI tells the
     # model by its names.
     architecture="wan",
+    classes=("ErnieImageTransformer2DModel",),
     signature=(
         "x_embedder.proj.weight",
         "adaLN_modulation.1.weight",

@@ -244,6 +244,7 @@ FAMILY = Family(
         **{f"flux1-{name.lower()}": "flux-1-dev-non-commercial-license" for name in _DEV},
     },
     architecture="flux",
+    classes=("FluxTransformer2DModel",),
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

@@ -138,6 +138,7 @@ FAMILY = Family(
         },
     },
     architecture="flux",  # ComfyUI-GGUF's tools tell it by FLUX.1's blocks
+    classes=("Flux2Transformer2DModel",),
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

@@ -111,6 +111,7 @@ FAMILY = Family(
     title="FLUX.3",
     aliases={"flux3-image-klein": _HUB, "flux3-image-klein-base": f"{_HUB}-base"},
     licenses={},
+    classes=("Flux3Transformer2DModel",),
     signature=(
         "x_embedders.image.weight",
         "x_embedders.image_cond.weight",

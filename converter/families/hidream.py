@@ -142,6 +142,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "mit"),
     architecture="hidream",
+    classes=("HiDreamImageTransformer2DModel",),
     signature=(
         "x_embedder.proj.weight",
         "p_embedder.pooled_embedder.linear_1.weight",

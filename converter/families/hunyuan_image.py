@@ -87,6 +87,7 @@ FAMILY = Family(
     title="HunyuanImage 2.1",
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "tencent-hunyuan-community"),
+    classes=("HunyuanImageTransformer2DModel",),
     signature=(
         "x_embedder.proj.weight",
         "context_embedder.proj_in.weight",

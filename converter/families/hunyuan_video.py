@@ -241,6 +241,11 @@ FAMILY = Family(
         "hunyuanvideo-i2v": "tencent-hunyuan-community",
     },
     architecture="hyvid",
+    classes=(
+        "HunyuanVideoTransformer3DModel",
+        "HunyuanVideoFramepackTransformer3DModel",
+        "HunyuanVideoTransformer3DModelPacked",
+    ),
     signature=(
         "x_embedder.proj.weight",
         f"{_EMBEDDER}.text_embedder.linear_1.weight",

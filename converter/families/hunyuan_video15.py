@@ -85,6 +85,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "tencent-hunyuan-community"),
     architecture="hyvid",
+    classes=("HunyuanVideo15Transformer3DModel",),
     signature=(
         "x_embedder.proj.weight",
         "context_embedder.proj_in.weight",

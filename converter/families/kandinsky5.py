@@ -131,6 +131,7 @@ FAMILY = Family(
     task="text-to-video",
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "mit"),
+    classes=("Kandinsky5Transformer3DModel",),
     signature=(
         "visual_embeddings.in_layer.weight",
         "text_embeddings.in_layer.weight",

@@ -115,6 +115,7 @@ FAMILY = Family(
     aliases={"krea2-raw": "krea/Krea-2-Raw", "krea2-turbo": "krea/Krea-2-Turbo"},
     licenses=dict.fromkeys(("krea2-raw", "krea2-turbo"), "krea-2-community-license"),
     architecture="krea2",
+    classes=("Krea2Transformer2DModel",),
     signature=(
         "img_in.weight",
         "time_mod_proj.weight",

@@ -62,6 +62,7 @@ FAMILY = Family(
         "longcat-image-edit": "meituan-longcat/LongCat-Image-Edit",
     },
     licenses=dict.fromkeys(("longcat-image", "longcat-image-edit"), "apache-2.0"),
+    classes=("LongCatImageTransformer2DModel",),
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

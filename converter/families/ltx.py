@@ -123,6 +123,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses={},
     architecture="ltxv",
+    classes=("LTXVideoTransformer3DModel",),
     signature=(
         "proj_in.weight",
         "time_embed.emb.timestep_embedder.linear_1.weight",

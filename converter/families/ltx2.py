@@ -112,6 +112,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses={},
     architecture="ltxv",
+    classes=("LTX2VideoTransformer3DModel",),
     signature=(
         "proj_in.weight",
         ltx.AUDIO,

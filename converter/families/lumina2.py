@@ -111,6 +111,7 @@ FAMILY = Family(
     aliases={"lumina-image-2.0": "Alpha-VLLM/Lumina-Image-2.0"},
     licenses={"lumina-image-2.0": "apache-2.0"},
     architecture="lumina2",
+    classes=("Lumina2Transformer2DModel",),
     signature=(
         "x_embedder.weight",
         f"{_EMBEDDER}.caption_embedder.1.weight",

@@ -110,6 +110,7 @@ FAMILY = Family(
     task="text-to-video",
     aliases={"minimax-h3": "MiniMaxAI/MiniMax-H3"},
     licenses={},
+    classes=("MiniMaxH3Transformer3DModel",),
     signature=(
         "proj_in.weight",
         "audio_proj_in.weight",

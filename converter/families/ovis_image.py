@@ -61,6 +61,7 @@ FAMILY = Family(
     title="Ovis-Image",
     aliases={"ovis-image-7b": "AIDC-AI/Ovis-Image-7B"},
     licenses={"ovis-image-7b": "apache-2.0"},
+    classes=("OvisImageTransformer2DModel",),
     signature=(
         "x_embedder.weight",
         "context_embedder.weight",

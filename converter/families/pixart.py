@@ -100,6 +100,7 @@ FAMILY = Family(
     title="PixArt",
     aliases=_ALIASES,
     licenses={"pixart-sigma": "openrail++", "pixart-alpha": "openrail++"},
+    classes=("PixArtTransformer2DModel", "Transformer2DModel"),
     signature=(
         "pos_embed.proj.weight",
         "adaln_single.linear.weight",

@@ -147,6 +147,7 @@ FAMILY = Family(
         "apache-2.0",
     ),
     architecture="qwen_image",
+    classes=("QwenImageTransformer2DModel",),
     signature=(
         "img_in.weight",
         "txt_in.weight",

@@ -81,6 +81,7 @@ FAMILY = Family(
     aliases={"qwen-image-2.1": "Qwen/Qwen-Image-2.1"},
     licenses={"qwen-image-2.1": "qwen-research"},
     architecture="qwen_image",
+    classes=("QwenImage21Transformer2DModel",),
     signature=(
         "img_in.weight",
         "txt_in.text_norm.weight",

@@ -139,6 +139,7 @@ FAMILY = Family(
         "sana1.5-4.8b": f"{_HUB}/SANA1.5_4.8B_1024px_diffusers",
     },
     licenses={},
+    classes=("SanaTransformer2DModel",),
     signature=(*SIGNATURE, "time_embed.emb.timestep_embedder.linear_1.weight"),
     foreign=(f"{GUIDANCE}.linear_1.weight",),
     hidden="patch_embed.proj.weight",

@@ -20,6 +20,7 @@ FAMILY = Family(
         "sana-sprint-1.6b": f"{_HUB}/Sana_Sprint_1.6B_1024px_diffusers",
     },
     licenses={},
+    classes=("SanaTransformer2DModel",),
     signature=(*sana.SIGNATURE, f"{_TIME}.linear_1.weight", f"{sana.GUIDANCE}.linear_1.weight"),
     hidden="patch_embed.proj.weight",
     optional=(f"{sana.SELF}.norm_", f"{sana.CROSS}.norm_"),

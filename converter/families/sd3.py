@@ -146,6 +146,7 @@ FAMILY = Family(
         "sd3.5-large-turbo": "stabilityai-ai-community",
     },
     architecture="sd3",
+    classes=("SD3Transformer2DModel",),
     signature=(
         "pos_embed.pos_embed",
         "pos_embed.proj.weight",

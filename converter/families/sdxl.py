@@ -181,6 +181,7 @@ FAMILY = Family(
         "sdxl-inpaint": "openrail++",
     },
     architecture="sdxl",
+    classes=("UNet2DConditionModel",),
     signature=(
         "conv_in.weight",
         "add_embedding.linear_1.weight",

@@ -188,6 +188,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses={name: "apache-2.0" for name in _ALIASES if name.startswith("wan")},
     architecture="wan",
+    classes=("WanTransformer3DModel", *_CLASSES),
     signature=(
         "patch_embedding.weight",
         "condition_embedder.time_proj.weight",

@@ -116,6 +116,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "apache-2.0"),
     architecture="wan",
+    classes=("WanAnimateTransformer3DModel",),
     signature=(
         wan.ANIMATE,
         "patch_embedding.weight",

@@ -110,6 +110,7 @@ FAMILY = Family(
     task="video-to-video",
     aliases={"wan2.2-animate-2-14b": "Wan-AI/Wan2.2-Animate-2-14B-Diffusers"},
     licenses={"wan2.2-animate-2-14b": "apache-2.0"},
+    classes=("WanAnimate2Transformer3DModel",),
     signature=(
         "patch_embedding.weight",
         "time_projection.1.weight",

@@ -54,6 +54,7 @@ FAMILY = Family(
     aliases=_ALIASES,
     licenses=dict.fromkeys(_ALIASES, "apache-2.0"),
     architecture="wan",
+    classes=("WanVACETransformer3DModel",),
     signature=(
         wan.VACE,
         "patch_embedding.weight",

@@ -139,6 +139,7 @@ FAMILY = Family(
     },
     licenses={"z-image-turbo": "apache-2.0", "z-image": "apache-2.0"},
     architecture="lumina2",
+    classes=("ZImageTransformer2DModel",),
     signature=(
         f"all_x_embedder.{_PATCH}.weight",
         f"{_FINAL}.linear.weight",
