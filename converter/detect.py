@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,12 @@ OTHERS = (
 EXTRA_STATE = "._extra_state"
 """How the names end of what Transformer Engine keeps for itself beside the weights."""
 
+DIFFUSERS = "diffusers"
+"""The dialect in which models of two classes may have the same names."""
+
+NEAR = 0.75
+"""The share of a family's signature from which a checkpoint is nearly of it."""
+
 NAMED = 4
 """How many tensors an error names."""
 
@@ -70,6 +76,12 @@ class _Reading:
     def origins(self) -> Mapping[str, Origin]:
         """Where each canonical tensor lies; names that the table does not know are left out."""
         return _origins(self.source.infos, self.short, self.family, self.dialect)
+
+    @property
+    def lacks(self) -> list[str]:
+        """Tensors of the signature that are not there, by the first of their names."""
+        needed = _witnesses(self.family, self.dialect)
+        return [min(theirs) for theirs in needed if theirs.isdisjoint(self.short)]
 
     @property
     def fits(self) -> bool:
@@ -120,12 +132,27 @@ def open_canonical(
     readings = list(_readings(source, names))
     fitting = (one for one in readings if one.fits)
     found = max(fitting, key=lambda one: (one.nbytes, -len(one.prefix)), default=None)
-    if found is not None:
+    if found is not None and not (found.dialect == DIFFUSERS and is_another(found.family, config)):
         return _opened(found, path)
-    family = generic.family_of(source.infos, config or {})
+    family = by_names(source.infos, config)
     if family is not None:
         return _opened(_Reading(source, family, family.sources[0], "", names), path)
-    raise SourceError(f"{path}: {_nearest(readings, names)}")
+    if found is not None:
+        return _opened(found, path)
+    raise SourceError(f"{path}: {_difference(_nearest(readings), names)}")
+
+
+def is_another(family: Family, config: Mapping[str, Any] | None) -> bool:
+    """Whether a config.json names a class of models that this family does not have."""
+    said = (config or {}).get("_class_name")
+    return bool(said and family.classes) and said not in family.classes
+
+
+def by_names(infos: Infos, config: Mapping[str, Any] | None) -> Family | None:
+    """A family made for a checkpoint whose class no table has; None for classes of known ones."""
+    said = (config or {}).get("_class_name")
+    known = any(said in family.classes for family in families().values())
+    return None if known else generic.family_of(infos, config or {})
 
 
 def unknown(source: CanonicalSource) -> list[str]:
@@ -184,7 +211,9 @@ def _opened(reading: _Reading, path: Path) -> CanonicalSource:
         )
     modules = {origin.tensor.rpartition(".")[0] for origin in reading.origins.values()}
     beside = [
-        name for name in reading.unknown.values() if name.rpartition(".")[0] in modules - {""}
+        name
+        for name in reading.unknown.values()
+        if name.rpartition(".")[0] in modules - {""} or _uncountable(name)
     ]
     if beside:
         raise SourceError(
@@ -192,7 +221,10 @@ def _opened(reading: _Reading, path: Path) -> CanonicalSource:
             f"{beside[0]}; is it already quantized, or another model?"
         )
     kept = {name: Origin(full) for name, full in reading.unknown.items()}
-    return CanonicalSource(reading.source, family, reading.dialect, {**kept, **reading.origins})
+    held = reading.origins
+    if len(reading.source.files) > 1 and reading.dialect in family.sharded:
+        held = replace(reading, dialect=family.sharded[reading.dialect]).origins
+    return CanonicalSource(reading.source, family, reading.dialect, {**kept, **held})
 
 
 def _uncountable(name: str) -> bool:
@@ -200,24 +232,27 @@ def _uncountable(name: str) -> bool:
     return any(part.isdecimal() and len(part) > 9 for part in name.split("."))
 
 
-def _nearest(readings: Sequence[_Reading], names: Sequence[str]) -> str:
-    """Why no family fits: how the nearest differs, or what there is."""
+def _nearest(readings: Sequence[_Reading]) -> _Reading | None:
+    """The reading that is most like its family, if it is nearly of it."""
     best = max(readings, key=lambda one: (one.likeness(), one.nbytes), default=None)
-    if best is None or best.likeness() <= 0.5:
+    return best if best and (best.likeness() >= NEAR or len(best.lacks) < 2) else None
+
+
+def _difference(best: _Reading | None, names: Sequence[str]) -> str:
+    """Why no family fits: how the nearest differs, or what there is."""
+    if best is None:
         known = ", ".join(family.title for family in families().values())
         return (
             f"not a diffusion transformer that is known (its tensors: {_some(names)}); "
             f"known families: {known}"
         )
-    title = best.family.title
-    needed = zip(best.family.signature, _witnesses(best.family, best.dialect), strict=True)
-    lacks = [min(theirs) for _, theirs in needed if theirs.isdisjoint(best.short)]
+    lacks = best.lacks
     other = [best.origins[name].tensor for name in best.family.foreign if name in best.origins]
     parts = [f"it lacks {_some(lacks)}"] if lacks else []
     parts += [f"it has {_some(other)}, which tells another model"] if other else []
     rest = list(best.unknown.values())
     parts += [f"{len(rest)} of its tensors are not known there: {_some(rest)}"] if rest else []
-    return f"nearly {title} in {best.dialect} names, but {'; '.join(parts)}"
+    return f"nearly {best.family.title} in {best.dialect} names, but {'; '.join(parts)}"
 
 
 def _some(names: Iterable[str]) -> str:
@@ -271,6 +306,9 @@ def _split(
             yield fill(ours, index), Origin(name, frame=frame)
         return
     for place, ours in enumerate(leaf.ours):
+        if leaf.turn:
+            yield fill(ours, index), Origin(name, turn=(place, len(leaf.ours), leaf.turn))
+            continue
         start, stop = stacked_rows(leaf, place, hidden, info.shape[0])
         if stop > start:
             yield fill(ours, index), Origin(name, (start, stop))

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import tokenizers
 from dqconvert.converter.canonical import CanonicalSource
+from dqconvert.converter.detect import NAMED, unknown
+from dqconvert.converter.generic import is_generic
 from dqconvert.converter.job import Job
 from dqconvert.converter.lora import apply as lora
 from dqconvert.converter.lora.branch import Branch, branched
@@ -92,7 +94,7 @@ class Prepared:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
-        found += self.source.notes
+        found += [*self.source.notes, *_notes_of_names(self.source)]
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
@@ -104,6 +106,21 @@ class Prepared:
         identity = (self.model.name, self.plan.context.config)
         plan = make_plan(self.source, self.plan.target, scheme(name), options, identity)
         return replace(self, plan=plan, options=options)
+
+
+def _notes_of_names(source: CanonicalSource) -> Iterator[str]:
+    """What no table says of a checkpoint: a whole model, or single tensors."""
+    title = source.family.title
+    if is_generic(source.family):
+        yield (
+            f"{title} is no family that is known: its linears were told by their names alone, and "
+            "verified less; look at --dry-run, and leave out with --keep what must stay"
+        )
+    passengers = tuple(source.family.passengers)
+    rest = [name for name in unknown(source) if not name.startswith(passengers)]
+    if rest:
+        more = f" and {len(rest) - NAMED} more" if len(rest) > NAMED else ""
+        yield f"{title} has no such tensors; kept as they are: {', '.join(rest[:NAMED])}{more}"
 
 
 def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter.canonical import expected, settled, swap_halves
-from dqconvert.converter.detect import WRAPPERS
+from dqconvert.converter.detect import DIFFUSERS, WRAPPERS, by_names, is_another
 from dqconvert.converter.families import families
 from dqconvert.converter.family import (
     Entry,
@@ -321,6 +321,8 @@ def reopen(path: Path) -> Reopened:
         if family.dialect_of(goal.NAME, goal.DIALECT) in family.dialects
     ]
     best = _nearest(known_families)
+    if best.likeness() <= 0.5 or (best.dialect == DIFFUSERS and is_another(best.family, config)):
+        best = _by_names(known[0][0], *known[0][1], config) or best
     if best.likeness() <= 0.5:
         raise NoFamily(f"{path}: a {target.NAME} file of no known family")
     if best.layers and best.family.hidden in best.names():
@@ -331,6 +333,24 @@ def reopen(path: Path) -> Reopened:
         theirs = [row.theirs for row in rows if row.ours == (best.family.hidden,)]
         raise SourceError(f"{path}: {(*theirs, best.family.hidden)[0]}: missing from the file")
     raise NoFamily(f"{path}: a {target.NAME} file of no known family")
+
+
+def _by_names(
+    source: RawSource, target: Target, recognized: Recognized, config: Mapping[str, Any]
+) -> Reopened | None:
+    """A file in diffusers' names as one of a model that no table knows, None if it cannot be."""
+    if target.DIALECT != DIFFUSERS:
+        return None
+    forms, infos = recognized.forms, {}
+    for name, info in source.infos.items():
+        layer = layer_of(name)
+        if layer in forms:
+            infos[f"{layer}.weight"] = TensorInfo("BF16", forms[layer].shape)
+            infos |= {f"{layer}.bias": TensorInfo("BF16", (1,))} if forms[layer].bias else {}
+        elif name not in recognized.extras:
+            infos[name] = info
+    family = by_names(infos, config)
+    return Reopened(source, target, recognized, family, config) if family else None
 
 
 def _said(source: RawSource, whole: RawSource) -> Mapping[str, Any]:
