@@ -36,7 +36,8 @@ class Origin:
     """Where a canonical tensor lies: a tensor of the file, its rows, whether halves swap.
 
     frame: index in the third dimension, None where the tensor is no slice of it; view: its shape,
-    None where it is that of the file.
+    None where it is that of the file; turn: place, count and rows at a time of tensors that take
+    turns on the rows.
     """
 
     tensor: str
@@ -44,6 +45,18 @@ class Origin:
     swap: bool = False
     frame: int | None = None
     view: Shape | None = None
+    turn: tuple[int, int, int] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether its rows are consecutive rows of the file's tensor."""
+        return not self.swap and self.turn is None and self.view is None and self.frame is None
+
+
+_TURNS = (
+    "several files: q, k and v are taken to alternate head by head, as in the authors' shards; "
+    "one file is read as stacked"
+)
 
 
 class CanonicalSource:
@@ -66,7 +79,8 @@ class CanonicalSource:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of how it is read."""
-        return notes_of(self.source)
+        turns = any(origin.turn for origin in self.origins.values())
+        return (*notes_of(self.source), *([_TURNS] if turns else []))
 
     @property
     def hidden(self) -> int:
@@ -76,6 +90,8 @@ class CanonicalSource:
     def read(self, name: str) -> Tensor:
         """A canonical tensor, in fresh memory."""
         origin = self.origins[name]
+        if origin.turn is not None:
+            return self._turns(name, (0, self.infos[name].shape[0]))
         tensor = self.source.read(origin.tensor, origin.rows)
         if origin.frame is not None:
             return tensor[:, :, origin.frame].clone()
@@ -92,7 +108,8 @@ class CanonicalSource:
         infos = [self.infos[name] for name in names]
         start, stop = rows or (0, sum(info.shape[0] for info in infos))
         dtypes = {self.source.infos[self.origins[name].tensor].dtype for name in names}
-        if len(dtypes) > 1 or any(self.origins[n].swap for n in names):
+        apart = [origin for n in names if not (origin := self.origins[n]).plain]
+        if len(dtypes) > 1 or any(origin.turn is None for origin in apart):
             return torch.cat([self.read(name) for name in names])[start:stop]
         whole = torch.empty((stop - start, *infos[0].shape[1:]), dtype=TORCH_DTYPES[dtypes.pop()])
         first = 0
@@ -103,9 +120,22 @@ class CanonicalSource:
                 origin = self.origins[name]
                 base = (origin.rows[0] if origin.rows else 0) - first
                 part = whole[low - start : high - start]
-                self.source.fill(origin.tensor, part, (low + base, high + base))
+                if origin.turn is not None:
+                    part.copy_(self._turns(name, (low - first, high - first)))
+                else:
+                    self.source.fill(origin.tensor, part, (low + base, high + base))
             first = last
         return whole
+
+    def _turns(self, name: str, rows: tuple[int, int]) -> Tensor:
+        """Rows of a tensor that takes turns with others on the rows of one in the file."""
+        origin = self.origins[name]
+        assert origin.turn is not None
+        place, count, size = origin.turn
+        low, high = rows[0] // size, -(-rows[1] // size)
+        found = self.source.read(origin.tensor, (low * count * size, high * count * size))
+        own = found.unflatten(0, (-1, count, size))[:, place].flatten(0, 1)
+        return own[rows[0] - low * size : rows[1] - low * size]
 
     def where(self, name: str) -> str:
         """File and tensor that a canonical tensor comes from, for messages."""
@@ -211,6 +241,8 @@ def compose(entry: Entry, parts: Sequence[Tensor]) -> Tensor:
 
     if entry.frames:
         return torch.stack(list(parts), dim=2)
+    if entry.turn:
+        return torch.stack([p.unflatten(0, (-1, entry.turn)) for p in parts], 1).flatten(0, 2)
     if entry.view is not None:
         return parts[0].reshape(viewed(parts[0].shape, entry.view[0]))
     tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
@@ -242,6 +274,8 @@ def _info(infos: Infos, kept: Mapping[str, str], origin: Origin) -> TensorInfo:
         return replace(info, shape=(*info.shape[:2], *info.shape[3:]))
     if origin.view is not None:
         return replace(info, shape=viewed(info.shape, origin.view))
+    if origin.turn is not None:
+        return replace(info, shape=(info.shape[0] // origin.turn[1], *info.shape[1:]))
     if origin.rows is None:
         return info
     return replace(info, shape=(origin.rows[1] - origin.rows[0], *info.shape[1:]))

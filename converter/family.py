@@ -34,7 +34,8 @@ class Entry:
     along the third dimension, one frame each, instead. share: how many rows each of ours has:
     HIDDEN, all but the last the model's hidden size; EQUAL, all alike; GROUPED, the first the
     hidden size and the others the rest alike, as in grouped-query attention. view: shapes of
-    theirs and of the one of ours, -1 for one size each, where they differ in nothing else.
+    theirs and of the one of ours, -1 for one size each, where they differ in nothing else. turn:
+    ours take turns on the rows, so many at a time (those of one attention head).
     """
 
     theirs: str
@@ -45,6 +46,7 @@ class Entry:
     frames: bool = False
     share: str = HIDDEN
     view: tuple[Shape, Shape] | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,9 @@ class Family:
     blocks have and others lack; cut: modules that the last block lacks. prefixes: what
     all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
     that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the first
-    lists every tensor, an empty one is the identity. unread: beginnings of names in such
-    checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
+    lists every tensor, an empty one is the identity; sharded: {dialect: the one that a checkpoint
+    in several files is in, where names do not tell the two apart}. unread: beginnings of names in
+    such checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
     assumed: keys of it that only hold for released models, which a config.json may deny;
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target or
     layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
@@ -137,6 +140,7 @@ class Family:
     cut: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ("model.diffusion_model.",)
     sources: tuple[str, ...] = ("original", "diffusers")
+    sharded: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)

@@ -195,6 +195,9 @@ def _shared(tensor: Tensor, leaf: Entry, hidden: int) -> Sequence[Tensor]:
     """What each canonical tensor has of the rows."""
     if len(leaf.ours) == 1:
         return [tensor]
+    if leaf.turn:
+        turns = tensor.unflatten(0, (-1, len(leaf.ours), leaf.turn))
+        return [turns[:, place].flatten(0, 1) for place in range(len(leaf.ours))]
     if leaf.share == "equal":
         return tensor.chunk(len(leaf.ours))
     if leaf.share == "grouped":

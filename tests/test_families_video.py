@@ -261,18 +261,25 @@ def test_a_pruned_minimax_h3_is_for_comfyui_alone() -> None:
         make_plan(source, targets()["lightx2v"], scheme("int8"), PlanOptions(), ("m", config))
 
 
-def test_rows_that_alternate_cannot_be_told_from_stacked_ones() -> None:
-    """MiniMaxAI's own shards: the same names and shapes, so they are read as stacked."""
+def test_shards_have_rows_that_alternate() -> None:
+    """MiniMaxAI's own shards have the names and shapes of Comfy-Org's one file."""
     from diffusers.loaders.single_file_utils import (
         convert_minimax_h3_transformer_checkpoint_to_diffusers as convert,
     )
 
     config, meta = model_of("minimax_h3")
     checkpoint = written("minimax_h3", "original", checkpoints.filled(meta, columns=2))
-    ours = read_all(open_canonical(Memory(checkpoint), PATH))
+    source = Memory(checkpoint)
+    assert not open_canonical(source, PATH).notes
+    source.files = (Path("one.safetensors"), Path("two.safetensors"))
+    found = open_canonical(source, PATH)
     theirs = convert(dict(checkpoint), config=config, qkv_layout="interleaved")
-    different = {name for name in ours if not torch.equal(ours[name], theirs[name])}
-    assert {name.rsplit(".", 2)[1] for name in different} == {"to_q", "to_k", "to_v"}
+    assert checkpoints.same_tensors(read_all(found), theirs)
+    assert found.dialect == "original" and "alternate head by head" in found.notes[0]
+    names = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
+    whole = torch.cat([theirs[name] for name in names])
+    for rows in ((0, len(whole)), (0, 128), (100, 700), (383, 385)):
+        assert torch.equal(found.stack(names, rows), whole[slice(*rows)])
 
 
 def test_kernels_that_blur_are_not_missed() -> None:

@@ -2,8 +2,8 @@
 
 Names: diffusers/models/transformers/transformer_minimax_h3.py, which LightX2V shares; original:
 what Comfy-Org publishes as one file, q, k and v stacked. MiniMaxAI's own shards, which have the
-same names and shapes, hold q, k and v of each head together; nothing in a file tells the two
-apart (diffusers/loaders/single_file_utils.py), so original names are read as stacked.
+same names and shapes, hold q, k and v of each head together; nothing in a file tells the two apart
+(diffusers/loaders/single_file_utils.py), but that one is several files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LINEARS = (
 )
 
 
-def _block(theirs: str, ours: str) -> tuple[Entry, ...]:
+def _block(theirs: str, ours: str, turn: int = 0) -> tuple[Entry, ...]:
     return (
         Entry(f"{theirs}.norm1.weight", (f"{ours}.norm1.weight",)),
         Entry(
@@ -38,6 +38,7 @@ def _block(theirs: str, ours: str) -> tuple[Entry, ...]:
             tuple(f"{ours}.attn.to_{x}.*" for x in "qkv"),
             bias=False,
             share=EQUAL,
+            turn=turn,
         ),
         Entry(f"{theirs}.attn.q_norm.weight", (f"{ours}.attn.norm_q.weight",)),
         Entry(f"{theirs}.attn.k_norm.weight", (f"{ours}.attn.norm_k.weight",)),
@@ -49,22 +50,27 @@ def _block(theirs: str, ours: str) -> tuple[Entry, ...]:
     )
 
 
-_ORIGINAL = (
-    Entry("video_patch_proj.*", ("proj_in.*",)),
-    Entry("audio_patch_proj.*", ("audio_proj_in.*",)),
-    Entry("condition_proj.*", ("context_embedder.*",)),
-    Entry("time_embedder.proj_in.*", ("time_embedder.linear_1.*",)),
-    Entry("time_embedder.proj_out.*", ("time_embedder.linear_2.*",)),
-    Entry(_TABLE, (_TABLE,)),
-    *_block("token_refiner.blocks.{i}", _REFINER),
-    Entry("token_refiner.final_norm.weight", ("token_refiner.final_norm.weight",)),
-    *_block("blocks.{i}", _BLOCK),
-    Entry("blocks.{i}.adaln_proj.linear.*", (f"{_BLOCK}.adaln_proj.linear.*",)),
-    Entry("final_layer.norm.weight", ("norm_out.norm.weight",)),
-    Entry("final_layer.adaln_proj.linear.*", ("norm_out.linear.*",)),
-    Entry("final_layer.video_out.*", ("proj_out.*",)),
-    Entry("final_layer.audio_out.*", ("audio_proj_out.*",)),
-)
+_HEAD = 128
+"""Width of an attention head of the released model."""
+
+
+def _entries(turn: int = 0) -> tuple[Entry, ...]:
+    return (
+        Entry("video_patch_proj.*", ("proj_in.*",)),
+        Entry("audio_patch_proj.*", ("audio_proj_in.*",)),
+        Entry("condition_proj.*", ("context_embedder.*",)),
+        Entry("time_embedder.proj_in.*", ("time_embedder.linear_1.*",)),
+        Entry("time_embedder.proj_out.*", ("time_embedder.linear_2.*",)),
+        Entry(_TABLE, (_TABLE,)),
+        *_block("token_refiner.blocks.{i}", _REFINER, turn),
+        Entry("token_refiner.final_norm.weight", ("token_refiner.final_norm.weight",)),
+        *_block("blocks.{i}", _BLOCK, turn),
+        Entry("blocks.{i}.adaln_proj.linear.*", (f"{_BLOCK}.adaln_proj.linear.*",)),
+        Entry("final_layer.norm.weight", ("norm_out.norm.weight",)),
+        Entry("final_layer.adaln_proj.linear.*", ("norm_out.linear.*",)),
+        Entry("final_layer.video_out.*", ("proj_out.*",)),
+        Entry("final_layer.audio_out.*", ("audio_proj_out.*",)),
+    )
 
 
 def _config_of(infos: Infos) -> dict[str, Any]:
@@ -125,7 +131,13 @@ FAMILY = Family(
     blocks=("transformer_blocks", "token_refiner.refiner_blocks"),
     # The refiner of the prompt stays: two blocks, which LightX2V builds unquantized.
     linears=_LINEARS,
-    dialects={"diffusers": (), "original": _ORIGINAL, "lightx2v": ()},
+    dialects={
+        "diffusers": (),
+        "original": _entries(),
+        "original-shards": _entries(_HEAD),
+        "lightx2v": (),
+    },
+    sharded={"original": "original-shards"},
     # Computed from the config.
     unread=("rope.inv_freq",),
     config_of=_config_of,
