@@ -134,7 +134,8 @@ class CanonicalSource:
         place, count, size = origin.turn
         low, high = rows[0] // size, -(-rows[1] // size)
         found = self.source.read(origin.tensor, (low * count * size, high * count * size))
-        own = found.unflatten(0, (-1, count, size))[:, place].flatten(0, 1)
+        turns: Tensor = found.unflatten(0, (-1, count, size))
+        own = turns[:, place].flatten(0, 1)
         return own[rows[0] - low * size : rows[1] - low * size]
 
     def where(self, name: str) -> str:

@@ -100,8 +100,8 @@ class Family:
     that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the first
     lists every tensor, an empty one is the identity; sharded: {dialect: the one that a checkpoint
     in several files is in, where names do not tell the two apart}. unread: beginnings of names in
-    such checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes imply;
-    assumed: keys of it that only hold for released models, which a config.json may deny;
+    such checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes
+    imply; assumed: keys of it that only hold for released models, which a config.json may deny;
     facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target or
     layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
     this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
