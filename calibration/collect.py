@@ -53,7 +53,10 @@ def collect(
     settings: CalibrationSettings,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, LayerStats]:
-    """The statistics of every site, by its name. progress is told (done, all) denoising steps."""
+    """The statistics of every site that runs, by its name.
+
+    progress is told (done, all) denoising steps. CalibrationError where no site runs at all.
+    """
     return drain(collecting(subject, sites, prompts, settings), lambda step: progress(*step))
 
 
@@ -73,7 +76,8 @@ def collecting(
         model = skeleton(subject.config)
         blocks = blocks_of(model, subject.blocks)
         watched = _watched(model, sites)
-        encoded = encode(subject.pipeline_dir, chosen, settings)
+        outline = {subject.component: model}
+        encoded = encode(subject.pipeline_dir, chosen, settings, models=outline)
         fill(model, subject.weights, settings)
         pipe = open_denoiser(subject.pipeline_dir, model, settings, subject.component)
         lockstep = Lockstep[nn.Module](blocks, Resident())
@@ -84,7 +88,10 @@ def collecting(
         ]
         with _boundaries(lockstep, blocks), _taps(lockstep, watched, observers, chosen):
             yield from _run(lockstep, tasks, steps)
-    return {name: observers.pop(name).finish() for name in list(observers)}
+    run = [name for name, observer in observers.items() if observer.count]
+    if sites and not run:
+        observers[sites[0].name].finish()
+    return {name: observers.pop(name).finish() for name in run}
 
 
 class _Steps:

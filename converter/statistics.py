@@ -21,7 +21,7 @@ from dqconvert.converter.job import Job, Progress
 from dqconvert.converter.lora.apply import merged
 from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
-from dqconvert.converter.resolve import Model, read_json, resolve
+from dqconvert.converter.resolve import INDEX, TRANSFORMER, UNET, Model, read_json, resolve
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
 
@@ -111,12 +111,13 @@ def plan_calibration(
     sites, pipeline = _sites(source), _pipeline(job, model, family)
 
     config = config_of(model, source)
-    fingerprint = _fingerprint(source, pipeline / job.component, config)
+    component = _component(job, pipeline)
+    fingerprint = _fingerprint(source, pipeline / component, config)
 
     def under(settings: CalibrationSettings) -> Calibration:
         key = stats_key(fingerprint, prompts, settings, sites)
         path = cache() / f"{key}.safetensors"
-        return Calibration(prompts, settings, sites, pipeline, key, path, job.component)
+        return Calibration(prompts, settings, sites, pipeline, key, path, component)
 
     whole = under(settings)
     if rounding == "gptq" or whole.path.exists():
@@ -274,7 +275,7 @@ def _pipeline(job: Job, model: Model, family: Family) -> Path:
         )
     if not (folder / "scheduler").is_dir():
         raise SourceError(f"{folder}: the pipeline has no folder called scheduler")
-    kind = str(read_json(folder / "model_index.json").get("_class_name", ""))
+    kind = str(read_json(folder / INDEX).get("_class_name", ""))
     own = dict.fromkeys(family.pipelines.values())
     others = (one for one in families().values() if kind in one.pipelines.values())
     if own and kind not in own and (other := next(others, None)):
@@ -283,6 +284,13 @@ def _pipeline(job: Job, model: Model, family: Family) -> Path:
             f"{' or '.join(own)}"
         )
     return folder
+
+
+def _component(job: Job, pipeline: Path) -> str:
+    """What the pipeline calls the model that is observed: older ones have a U-Net."""
+    known = read_json(pipeline / INDEX)
+    older = job.component == TRANSFORMER and TRANSFORMER not in known and UNET in known
+    return UNET if older else job.component
 
 
 def _fingerprint(source: CanonicalSource, place: Path, config: Mapping[str, Any]) -> str:

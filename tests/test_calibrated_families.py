@@ -272,7 +272,7 @@ def test_what_pipelines_want_is_read_from_their_code() -> None:
     guided = ["QwenImagePipeline", "QwenImageEditPipeline"]
     plain = ["FluxPipeline", "WanPipeline", "ZImagePipeline"]
     assert [read(name).guided for name in guided + plain] == [True] * 2 + [False] * 3
-    pictures = ["QwenImageEditPipeline", "WanImageToVideoPipeline"]
-    assert all(read(name).wants_picture for name in pictures)
-    assert not any(read(name).wants_picture for name in [*plain, "FluxKontextPipeline"])
+    assert list(read("WanImageToVideoPipeline").required) == ["image"]
+    assert read("FluxControlPipeline").picture == "control_image"
+    assert not any(read(name).picture for name in plain)
     assert read("WanPipeline").text_length == read("FluxPipeline").text_length == 512
