@@ -48,7 +48,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import diffusers
 
     folder = checkpoints.tiny_pipeline(tmp_path_factory.mktemp("model") / "tiny")
-    return diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return diffusers.FluxPipeline.from_pretrained(folder).to(torch.float32)
 
 
 @pytest.fixture(scope="module")
