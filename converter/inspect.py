@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dqconvert.converter.dequantized import DequantizedSource
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.reopen import NoFamily, reopen
 from dqconvert.converter.resolve import TRANSFORMER, folder_of, is_folder_of_one, read_json
@@ -15,6 +16,7 @@ from dqconvert.formats.gguf_readers import readers
 from dqconvert.formats.gguf_source import GGUFSource, decoded_types
 from dqconvert.formats.source import open_source
 from dqconvert.formats.targets import recognize
+from dqconvert.formats.words import told
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -43,7 +45,7 @@ def inspect(path: Path) -> Inspection:
         return _in_parts(path, error)
     beside = source.files[0].parent / "config.json"
     config = read_json(beside) if beside.exists() else {}
-    if recognize(source.infos, source.metadata, config) or decoded_types(source):
+    if recognize(source.infos, told(source), config) or decoded_types(source):
         try:
             return _quantized(path)
         except NoFamily:  # in names that the runtime does not read
@@ -51,6 +53,7 @@ def inspect(path: Path) -> Inspection:
     found = open_model(weights, config)
     facts = {
         "family": found.family.title,
+        **_variant(found.family.variant(found.infos, config)),
         "dialect": found.dialect,
         "files": ", ".join(file.name for file in source.files),
         "tensors": str(len(source.infos)),
@@ -88,6 +91,8 @@ def _quantized(path: Path) -> Inspection:
     infos = found.source.infos
     facts = {
         "family": found.family.title,
+        **_variant(found.family.variant(DequantizedSource(found).infos, found.config)),
+        "dialect": found.dialect,
         "target": found.target.NAME,
         "scheme": found.recognized.scheme or "none for all layers",
         "files": ", ".join(file.name for file in found.source.files),
@@ -117,6 +122,11 @@ def _stranger(path: Path) -> Inspection:
     facts |= {"size": _size(infos.values()), **_said(metadata)}
     facts |= {f"read by {name}": said for name, said in readers(infos, metadata).items()}
     return Inspection(facts, dict(Counter(info.dtype for info in infos.values())))
+
+
+def _variant(name: str) -> dict[str, str]:
+    """Which of the family's models it is, where there are several."""
+    return {"variant": name} if name else {}
 
 
 def _said(metadata: Mapping[str, Any]) -> dict[str, str]:

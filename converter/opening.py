@@ -20,6 +20,7 @@ from dqconvert.formats.scaled_source import Rescaled, has_bytes
 from dqconvert.formats.source import Source, open_source
 from dqconvert.formats.targets import Recognized, Target, nunchaku, recognize
 from dqconvert.formats.unpacked_source import Unpacked
+from dqconvert.formats.words import told
 from dqconvert.quantizers.errors import SourceError
 
 NAMED = 3
@@ -41,7 +42,7 @@ def open_model(
         return _in_parts(path, error)
     known = None
     if not isinstance(source, Decoded) and not part:
-        known = recognize(source.infos, source.metadata, config)
+        known = recognize(source.infos, told(source), config)
     if known is not None:
         return _quantized(path, source, known, config)
     return open_canonical(_widened(source), path, part, config)

@@ -36,6 +36,7 @@ from dqconvert.formats.scaled_source import Rescaled
 from dqconvert.formats.source import SafetensorsSource
 from dqconvert.formats.targets import Recognized, Target, recognize, targets
 from dqconvert.formats.unpacking import layer_of
+from dqconvert.formats.words import told
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
 
@@ -355,10 +356,11 @@ def _by_names(
 
 def _said(source: RawSource, whole: RawSource) -> Mapping[str, Any]:
     """What the metadata say of the part of an all-in-one checkpoint that is looked at."""
+    said = told(source)
     if source is whole:
-        return source.metadata
+        return said
     others = whole.infos.keys() - {f"{source.prefix}{name}" for name in source.infos}
-    return comfy_files.within(source.metadata, others)
+    return comfy_files.within(said, others)
 
 
 def _row(table: tuple[Entry, ...], name: str) -> tuple[Entry, str]:

@@ -83,6 +83,14 @@ class Container:
         self.fill(name, out, rows)
         return out
 
+    def stored(self, name: str) -> bytes:
+        """The bytes of a small tensor as they lie in the file, without torch."""
+        path = self.where(name)
+        extent = self._headers[path].extents[self.prefix + name]
+        out = bytearray(extent.info.nbytes)
+        _fill(path, extent.offset, memoryview(out))
+        return bytes(out)
+
     def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
         """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
         import torch

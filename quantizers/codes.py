@@ -17,6 +17,7 @@ DTYPES = {
     "e2m1": torch.uint8,
     "e3m2": torch.uint8,
     "nf4": torch.uint8,
+    "fp4": torch.uint8,
     "lut4": torch.uint8,
     "e4m3": torch.float8_e4m3fn,
     "e5m2": torch.float8_e5m2,

@@ -116,6 +116,12 @@ NF4_LEVELS = (
 )  # fmt: skip
 """Quantiles of a Gaussian (QLoRA arXiv 2305.14314, appendix E), as bitsandbytes has them."""
 
+FP4_LEVELS = (
+    -1.0, -2 / 3, -1 / 2, -1 / 3, -1 / 4, -1 / 6, -1 / 192, 0.0,
+    1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0,
+)  # fmt: skip
+"""bitsandbytes' fp4 (functional.py, get_4bit_type): e2m1 over 12, but for its smallest value."""
+
 LUT4_LEVELS = (
     -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
     0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
@@ -131,6 +137,7 @@ CODES = {
         Code("e2m1", bits=4, exponent=2, mantissa=1),
         Code("e3m2", bits=6, exponent=3, mantissa=2),
         Code("nf4", bits=4, levels=NF4_LEVELS),
+        Code("fp4", bits=4, levels=FP4_LEVELS),
         Code("lut4", bits=4, levels=LUT4_LEVELS),
         Code("e4m3", bits=8, exponent=4, mantissa=3, specials=1),
         Code("e5m2", bits=8, exponent=5, mantissa=2, specials=4),

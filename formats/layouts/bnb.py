@@ -1,14 +1,18 @@
-"""Weights as bitsandbytes stores them: NF4 in blocks of 64 along the flattened weight, int8 rows.
+"""Weights as bitsandbytes stores them: four bits in blocks of the flattened weight, int8 rows.
 
     NF4     <layer>.weight U8 [N·K/2, 1]            even element high
             <layer>.weight.absmax F32 [N·K/64]      0 where a block holds zeros alone
             <layer>.weight.quant_map F32 [16]       what the codes stand for
             <layer>.weight.quant_state.bitsandbytes__nf4 U8 [bytes]     JSON, filled up with spaces
+    FP4     the same with another map, and bitsandbytes__fp4
     double  absmax U8 [N·K/64], nested_absmax F32 [ceil(N·K/64/256)], nested_quant_map F32 [256]
             absmax = nested_quant_map[code] · nested_absmax[block/256] + nested_offset
     int8    <layer>.weight I8 [N, K]    <layer>.SCB F32 [N], 127 scales
             <layer>.weight_format U8 []     0
     all     <layer>.bias
+
+We write NF4 in blocks of 64 that lie in rows. Files of others have blocks of 32 to 4096, which
+go on in the next row where they do not divide a row, and end before they are full.
 
 The second quantization takes the mean of all absmax away (nested_offset, in the JSON) and rounds
 the rest to the nearest of 256 values of a dynamic exponent (arXiv 1511.04561): its loss is part of
@@ -23,12 +27,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.layouts import beside
-from dqconvert.quantizers.spec import ALL, NF4_LEVELS, TensorInfo
+from dqconvert.formats.words import STATE as STATES
+from dqconvert.quantizers.spec import ALL, CODES, NF4_LEVELS, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,14 +45,17 @@ BLOCK, NESTED = 64, 256
 """Weights that share an absmax, and absmax that share a nested one."""
 
 ZERO_CODE = NF4_LEVELS.index(0.0)
-STATE = "weight.quant_state.bitsandbytes__nf4"
+STATE = f"{STATES}nf4"
 FLOAT_WIDTH = 24
 """Characters of the longest double that JSON may have to hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class Nf4:
-    """A Layout. double: absmax is quantized as well."""
+    """A Layout; also of FP4, and of blocks of other sizes, which are read alone.
+
+    double: absmax is quantized as well.
+    """
 
     double: bool = False
 
@@ -63,12 +72,12 @@ class Nf4:
     def promise(self, form: PackedForm) -> dict[str, TensorInfo]:
         """See formats/layouts."""
         count = form.shape[0] * form.shape[1]
-        blocks = count // BLOCK
+        blocks = -(-count // form.spec.tile[1])
         infos = {
-            "weight": TensorInfo("U8", (count // 2, 1)),
+            "weight": TensorInfo("U8", (-(-count // 2), 1)),
             "weight.absmax": TensorInfo("U8" if self.double else "F32", (blocks,)),
             "weight.quant_map": TensorInfo("F32", (16,)),
-            STATE: TensorInfo("U8", (len(self.state(form, 0.0)),)),
+            state_of(form.spec.code): TensorInfo("U8", (len(self.state(form, 0.0)),)),
         }
         if self.double:
             infos["weight.nested_absmax"] = TensorInfo("F32", (-(-blocks // NESTED),))
@@ -78,8 +87,8 @@ class Nf4:
     def state(self, form: PackedForm, offset: float) -> bytes:
         """What the JSON says of a layer; its length does not depend on the offset."""
         said: dict[str, Any] = {
-            "quant_type": "nf4",
-            "blocksize": BLOCK,
+            "quant_type": form.spec.code,
+            "blocksize": form.spec.tile[1],
             "dtype": "bfloat16",
             "shape": list(form.shape),
         }
@@ -118,44 +127,73 @@ class Nf4:
         from dqconvert.quantizers.errors import SourceError
         from dqconvert.quantizers.tensors import QuantizedTensor
 
-        said = _said(tensors[STATE])
-        for key, need in (("quant_type", "nf4"), ("blocksize", BLOCK), ("shape", [*form.shape])):
+        state, block = state_of(form.spec.code), form.spec.tile[1]
+        said = _said(state, tensors[state])
+        needed = {"quant_type": form.spec.code, "blocksize": block, "shape": [*form.shape]}
+        for key, need in needed.items():
             if said.get(key) != need:
-                raise SourceError(f"{STATE}: {key} is {said.get(key)}, the tensors say {need}")
-        if not torch.allclose(tensors["weight.quant_map"].float().cpu(), torch.tensor(NF4_LEVELS)):
-            raise SourceError("weight.quant_map: found other values than those of NF4")
-        packed = tensors["weight"]
-        codes = torch.cat((packed >> 4, packed & 15), dim=1).view(form.shape)
+                raise SourceError(f"{state}: {key} is {said.get(key)}, the tensors say {need}")
+        packed = tensors["weight"].reshape(-1, 1)
+        count = form.shape[0] * form.shape[1]
+        codes = torch.cat((packed >> 4, packed & 15), dim=1).view(-1)[:count].view(form.shape)
         absmax = tensors["weight.absmax"]
         if self.double:
-            table = tensors["weight.nested_quant_map"].float()
-            steps = tensors["weight.nested_absmax"].float().repeat_interleave(NESTED)
-            absmax = table[absmax.int()] * steps[: len(absmax)] + _offset(said)
+            absmax = _doubled(state, said, tensors)
         scale = torch.where(absmax == 0, 1.0, absmax.float())
+        own = gcd(block, form.shape[1])  # of a row, in which nothing ends
+        scale = scale.repeat_interleave(block // own)[: count // own]
+        spec = replace(form.spec, tile=(1, own), ragged=False)
         return QuantizedTensor(
-            spec=form.spec,
-            codes=codes,
-            scale=scale.view(form.spec.grid(form.shape)),
+            spec=spec,
+            codes=_ranked(form.spec.code, codes, tensors["weight.quant_map"]),
+            scale=scale.view(spec.grid(form.shape)),
             bias=tensors.get("bias"),
         )
 
 
-def _said(state: Tensor) -> dict[str, Any]:
+def state_of(code: str) -> str:
+    """The tensor that says a weight's shape."""
+    return f"{STATES}{code}"
+
+
+def _said(name: str, state: Tensor) -> dict[str, Any]:
     from dqconvert.quantizers.errors import SourceError
 
     try:
         return {**json.loads(bytes(state.tolist()))}
     except (ValueError, TypeError) as error:
-        raise SourceError(f"{STATE}: cannot be read ({error!r})") from error
+        raise SourceError(f"{name}: cannot be read ({error!r})") from error
 
 
-def _offset(said: Mapping[str, Any]) -> float:
+def _ranked(code: str, codes: Tensor, found: Tensor) -> Tensor:
+    """Codes of a file as places among the levels of our code. SourceError on other levels."""
+    import torch
+
+    from dqconvert.quantizers.errors import SourceError
+
+    levels, found = torch.tensor(CODES[code].levels), found.float().flatten().cpu()
+    near = (found[:, None] - levels).abs().argmin(1)
+    if len(found) != 16 or not torch.allclose(found, levels[near]):
+        raise SourceError(f"weight.quant_map: found other values than those of {code.upper()}")
+    if torch.equal(near, torch.arange(16)):
+        return codes
+    return near.to(torch.uint8)[codes.int()]
+
+
+def _doubled(state: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Absmax [blocks] from their codes."""
     from dqconvert.quantizers.errors import SourceError
 
     try:
-        return float(said["nested_offset"])
+        offset, size = float(said["nested_offset"]), int(said.get("nested_blocksize", NESTED))
     except (KeyError, TypeError, ValueError) as error:
-        raise SourceError(f"{STATE}: cannot be read ({error!r})") from error
+        raise SourceError(f"{state}: cannot be read ({error!r})") from error
+    table = tensors["weight.nested_quant_map"].float()
+    codes = tensors["weight.absmax"]
+    steps = tensors["weight.nested_absmax"].float().repeat_interleave(size)
+    if len(steps) < len(codes):
+        raise SourceError(f"{state}: blocks of {size} need more than the {len(steps)} absmax")
+    return table[codes.int()] * steps[: len(codes)] + offset
 
 
 def dynamic_map() -> Tensor:

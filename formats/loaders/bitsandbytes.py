@@ -1,5 +1,8 @@
 """bitsandbytes: NF4 with or without double quantization, and the rows of LLM.int8.
 
+Read are also FP4, blocks of other sizes, and single files without a config, whose layers say
+themselves what they are (words.told).
+
 Its loader replaces every linear of the model, except those to skip. It compares these with whole
 names and also with their last parts, so a top-level "proj_out" cannot be skipped alone where blocks
 have a packed "proj_out" as well.
@@ -10,22 +13,25 @@ Source: diffusers/quantizers/bitsandbytes (bnb_quantizer.py, utils.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.layouts import Layout
-from dqconvert.formats.layouts.bnb import STATE, Int8Rows, Nf4
-from dqconvert.formats.loaders import TARGET, Loader, checked, section_of, with_bias
+from dqconvert.formats.layouts.bnb import STATE, Int8Rows, Nf4, state_of
+from dqconvert.formats.loaders import TARGET, Loader, section_of, with_bias
 from dqconvert.formats.recognition import (
     Infos,
     describe,
+    differences,
     disagreements,
     json_object,
     layers_with,
     scheme_for,
 )
 from dqconvert.formats.targets import Recognized
+from dqconvert.formats.words import STATE as STATES
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.schemes import schemes
 from dqconvert.quantizers.spec import Scheme
@@ -35,6 +41,9 @@ SINGLE, DOUBLE = "bitsandbytes", "bitsandbytes-double"
 
 SHAPES = "shapes"
 """Metadata of ours: {layer: [N, K]}."""
+
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that may share an absmax."""
 
 THRESHOLD = 6.0
 """LLM.int8 leaves input channels that pass it in 16 bit."""
@@ -86,42 +95,63 @@ class BitsAndBytes(Loader):
     def recognize(
         self, infos: Infos, metadata: Mapping[str, str], config: Mapping[str, Any]
     ) -> Recognized | None:
-        """Folders whose config says so."""
+        """Folders whose config says so, and files whose layers do."""
         said = section_of(config, METHOD)
-        if said is None:
+        states = _states(infos)
+        if said is None and (not states or "quantization_config" in config):
             return None
-        eight = said.get("load_in_8bit") is True
-        layout = DOUBLE if said.get("bnb_4bit_use_double_quant") is True else SINGLE
-        lines = {
-            key: disagreements(f"config {key}", said.get(key, value), [value])
-            for key, value in _said(eight, layout == DOUBLE).items()
-        }
-        problems = [line for found in lines.values() for line in found]
-        loading = tuple(line for key in _COMPUTED for line in lines.get(key, ()))
-        parts = ("SCB", "weight_format") if eight else ("weight.absmax", "weight.quant_map", STATE)
+        eight = said is not None and said.get("load_in_8bit") is True
+        layout = DOUBLE if any(f"{n}.weight.nested_absmax" in infos for n in states) else SINGLE
+        problems, loading = _config_problems(said, eight, layout == DOUBLE, {*states.values()})
+        parts = ("SCB", "weight_format") if eight else ("weight.absmax", "weight.quant_map")
         found = [layer for part in parts for layer in layers_with(infos, part)]
         shapes = {} if eight else json_object(metadata.get(SHAPES)) or {}
         forms: dict[str, PackedForm] = {}
-        for layer in dict.fromkeys([*found, *shapes]):
-            shape = _shape(layer, infos, shapes.get(layer), eight)
-            if isinstance(shape, str):
-                problems.append(f"{layer}.weight: {shape}")
+        for layer in dict.fromkeys([*found, *states, *shapes]):
+            state = json_object(metadata.get(f"{layer}.{states.get(layer, STATE)}")) or {}
+            try:
+                form = _form(layer, infos, {"shape": shapes.get(layer), **state}, eight)
+            except ValueError as error:
+                problems.append(f"{layer}.weight: {error}")
                 continue
-            spec = schemes()["bnb-int8" if eight else "bnb-nf4"].weight
-            form = with_bias(PackedForm(spec, shape, layout=layout), layer, infos)
-            forms[layer] = form
-            problems += checked(self, layer, form, _any_length(layer, form, infos))
+            forms[layer] = with_bias(replace(form, layout=layout), layer, infos)
+            needed = self.layout(forms[layer]).promise(forms[layer])
+            problems += differences(layer, needed, _any_length(layer, forms[layer], infos))
         name = scheme_for(TARGET, forms.values())
         return Recognized(name, 0, forms, tuple(problems), loading=loading)
 
 
+def _states(infos: Infos) -> dict[str, str]:
+    """What follows the layer in the names of the tensors that say shapes."""
+    found = (name.partition(f".{STATES}") for name in infos)
+    return {layer: f"{STATES}{code}" for layer, parted, code in found if parted}
+
+
+def _config_problems(
+    said: Mapping[str, Any] | None, eight: bool, double: bool, states: Collection[str]
+) -> tuple[list[str], tuple[str, ...]]:
+    """What a config has otherwise than its file, and the part of it that is diffusers' alone."""
+    if said is None:
+        line = "config quantization_config: missing; diffusers needs it"
+        return [line], (line,)
+    codes = {"bnb_4bit_quant_type": "fp4"} if states == {state_of("fp4")} else {}
+    lines = {
+        key: disagreements(f"config {key}", said.get(key, value), [value])
+        for key, value in {**_said(eight, double), **codes}.items()
+    }
+    problems = [line for found in lines.values() for line in found]
+    return problems, tuple(line for key in _COMPUTED for line in lines.get(key, ()))
+
+
 _COMPUTED = (
     "bnb_4bit_compute_dtype",
+    "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant",
     "llm_int8_threshold",
     "llm_int8_enable_fp32_cpu_offload",
     "llm_int8_has_fp16_weight",
 )
-"""What a config says of the product alone, and nothing of the weights."""
+"""What a config says of the product alone, and what the layers say better."""
 
 
 def _said(eight: bool, double: bool) -> dict[str, Any]:
@@ -141,25 +171,34 @@ def _said(eight: bool, double: bool) -> dict[str, Any]:
 
 def _any_length(layer: str, form: PackedForm, infos: Infos) -> Infos:
     """The header with the JSON of a layer as long as ours; bytes decide what it says."""
-    name, found = f"{layer}.{STATE}", infos.get(f"{layer}.{STATE}")
+    name = f"{layer}.{state_of(form.spec.code)}"
+    found = infos.get(name)
     if found is None or found.dtype != "U8" or len(found.shape) != 1:
         return infos
-    ours = Nf4(form.layout == DOUBLE).promise(form).get(STATE, found)
-    return {**infos, name: ours}
+    ours = Nf4(form.layout == DOUBLE).promise(form)
+    return {**infos, name: ours[state_of(form.spec.code)]}
 
 
-def _shape(layer: str, infos: Infos, said: Any, eight: bool) -> tuple[int, int] | str:
-    """The shape of a packed weight, or why it is not known: NF4 is flat, so its header's word
-    counts, or the length of its bias.
+def _form(layer: str, infos: Infos, state: Mapping[str, Any], eight: bool) -> PackedForm:
+    """The form of a layer, bias aside, or ValueError with what leaves it in doubt.
+
+    Four bits lie flat, so its state or the header's word counts, or the length of its bias.
     """
     weight, bias = infos.get(f"{layer}.weight"), infos.get(f"{layer}.bias")
     if weight is None or len(weight.shape) != 2:
-        return "missing" if weight is None else f"found {describe(weight)}"
+        raise ValueError("missing" if weight is None else f"found {describe(weight)}")
     if eight:
-        return weight.shape[0], weight.shape[1]
-    if isinstance(said, list) and len(said) == 2 and all(isinstance(e, int) for e in said):
-        return said[0], said[1]
-    rows = bias.shape[0] if bias is not None and len(bias.shape) == 1 else 0
-    if not rows or weight.numel * 2 % rows:
-        return f"nothing in the header says its shape ({SHAPES})"
-    return rows, weight.numel * 2 // rows
+        return PackedForm(schemes()["bnb-int8"].weight, (weight.shape[0], weight.shape[1]))
+    spec = schemes()["bnb-nf4"].weight
+    code, block = state.get("quant_type", spec.code), state.get("blocksize", spec.tile[1])
+    if code not in ("nf4", "fp4") or block not in BLOCKS:
+        raise ValueError(f"bitsandbytes has no {code} in blocks of {block}")
+    shape = state.get("shape")
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)):
+        rows = bias.shape[0] if bias is not None and len(bias.shape) == 1 else 0
+        if not rows or weight.numel * 2 % rows:
+            raise ValueError(f"nothing in the file says its shape ({SHAPES})")
+        shape = [rows, weight.numel * 2 // rows]
+    ragged = bool(shape[1] % block)
+    spec = replace(spec, code=code, tile=(1, block), ragged=ragged)
+    return PackedForm(spec, (shape[0], shape[1]))
