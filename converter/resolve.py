@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,35 @@ UNET = "unet"
 INDEX = "model_index.json"
 ALL = "all"
 """In the place of a component: every one of the pipeline."""
+_MODELS = (
+    "transformer*",
+    "unet",
+    "vae",
+    "audio_vae",
+    "vocoder",
+    "connectors",
+    "text_encoder*",
+    "image_encoder",
+    "guider",
+    "ocr_guider",
+)
 _PIPELINE = (
     "scheduler/*",
-    "transformer*/*.json",
-    "transformer*/*.safetensors",
-    "vae/*.json",
-    "vae/*.safetensors",
-    "text_encoder*/*.json",
-    "text_encoder*/*.safetensors",
     "tokenizer*/*",
+    "*processor/*",
+    "feature_extractor/*",
+    *(f"{folder}/*.{end}" for folder in _MODELS for end in ("json", "safetensors")),
 )
+"""What a pipeline reads to make latents of prompts."""
 
-_UNWANTED = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.fp16.*", "*.pt", "*.ckpt")
+_TOP = ("config.json", "diffusion_pytorch_model*.json", "diffusion_pytorch_model*.safetensors")
+"""A model alone in its repository; what else lies at the top is for other programs."""
+
+_UNWANTED = ("*.bin", "*.msgpack", "*.h5", "*.onnx*", "*.pt", "*.ckpt", "*openvino*")
 """Copies of weights in forms that nobody reads here."""
+
+_VARIANTS = tuple(f"*.{name}{end}*" for name in ("fp16", "bf16", "fp32", "non_ema") for end in ".-")
+"""Copies in other dtypes, which are read where there is nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,19 +189,42 @@ def _short(path: Path) -> str:
 
 def _snapshot(repo: str, whole: bool, component: str) -> Path:
     """The local snapshot of a Hub repository; SourceError that says why there is none."""
+    folders = (TRANSFORMER, UNET) if component == TRANSFORMER else (component,)
+    weights = [f"{folder}/*.{end}" for folder in folders for end in ("json", "safetensors")]
+    more = _PIPELINE if whole else () if component == TRANSFORMER else ("tokenizer*/*",)
+    patterns = [INDEX, "*/*"] if component == ALL else [INDEX, *weights, *more]
+    found = _fetched(repo, patterns, _VARIANTS)
+    if _lacks_weights(found, ("*",) if whole or component == ALL else folders):
+        found = _fetched(repo, patterns)
+    if component == TRANSFORMER and not any((found / folder).is_dir() for folder in folders):
+        found = _fetched(repo, _TOP, _VARIANTS)
+        if not any(found.glob("*.safetensors")):
+            raise SourceError(
+                f"{repo}: has no folder called {TRANSFORMER} or {UNET}, and no model at its top; "
+                "download the file that you want, and give its path"
+            )
+    return found
+
+
+def _lacks_weights(snapshot: Path, folders: Sequence[str]) -> bool:
+    """Whether one of these parts of a snapshot has the config of a model, but no weights."""
+    configs = [path for folder in folders for path in snapshot.glob(f"{folder}/config.json")]
+    return any(not any(path.parent.glob("*.safetensors")) for path in configs)
+
+
+def _fetched(repo: str, patterns: Sequence[str], unwanted: Sequence[str] = ()) -> Path:
+    """The snapshot with files of these patterns; SourceError that says why there is none."""
     import huggingface_hub
     from huggingface_hub import errors as hub
 
-    weights = [f"{component}/*.json", f"{component}/*.safetensors"]
-    if component == TRANSFORMER:  # which may be a U-Net, beside copies of itself in 16 bit
-        weights += [f"{UNET}/config.json", f"{UNET}/diffusion_pytorch_model.safetensors"]
-    patterns = [INDEX, *weights, *(_PIPELINE if whole else ())]
-    if component == ALL:
-        patterns = [INDEX, "*/*"]
-    unwanted: Any = {"ignore_patterns": _UNWANTED} if component == ALL else {}
+    ignored = [*_UNWANTED, *unwanted]
     page = f"https://huggingface.co/{repo}"
     try:
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, **unwanted))
+        return Path(
+            huggingface_hub.snapshot_download(
+                repo, allow_patterns=list(patterns), ignore_patterns=ignored
+            )
+        )
     except hub.GatedRepoError:
         reason = f"is gated: accept its licence at {page}, then run: hf auth login"
     except hub.RepositoryNotFoundError:

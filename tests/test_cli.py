@@ -287,7 +287,7 @@ def test_only_a_calibration_fetches_the_text_encoders(
 ) -> None:
     asked: list[list[str]] = []
 
-    def fetch(repo: str, allow_patterns: list[str]) -> str:
+    def fetch(repo: str, allow_patterns: list[str], **_: Any) -> str:
         asked.append(allow_patterns)
         return str(pipeline)
 
