@@ -198,6 +198,7 @@ LIGHTX2V = {
     "wan_vace": block("blocks", WAN, 4) | block("vace_blocks", WAN),
     "wan_animate": block("blocks", SEEN, 4)
     | block("face_adapter.fuser_blocks", ["linear1_q", "linear1_kv", "linear2"]),
+    "wan_animate2": block("blocks", [f"block.{layer}" for layer in SEEN]),
     "hunyuan_video15": block("double_blocks", HUNYUAN_LAYERS),
     "minimax_h3": block(
         "transformer_blocks", [*H3, "ff.net.0.proj", "ff.net.2", "adaln_proj.linear"]

@@ -139,6 +139,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("sample_size", "patch_size", "attention_head_dim", "num_attention_heads"),
     facts=_facts,
+    # Neither has code for it (vLLM-Omni's registry, SGLang's folder dits, 2026).
+    unrun=("sglang", "vllm"),
     sensitive=(f"{_JOINT}.attn.to_out.0", f"{_JOINT}.attn.to_add_out", f"{_SINGLE}.attn.to_out.0"),
     pipelines={"": "AuraFlowPipeline"},
     # The encoder is Pile-T5-XL, which transformers loads as UMT5.

@@ -83,6 +83,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("patch_size", "attention_head_dim", "num_attention_heads", "pos_embed_max_size"),
     facts=_facts,
+    # Neither has code for it (vLLM-Omni's registry, SGLang's folder dits, 2026).
+    unrun=("sglang", "vllm"),
     sensitive=(_OUT,),
     # Linears behind the norms read both streams, which no one shift and scale makes.
     folds=(Fold((_OUT,), values=(f"{_BLOCK}.attn1.to_v",)),),

@@ -185,8 +185,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("in_channels", "patch_size", "rope_scale", "concat_padding_mask"),
     facts=_facts,
-    # SGLang has code for Cosmos 3 alone (2026).
-    unrun=("sglang",),
+    # Both have code for Cosmos 3 alone (2026).
+    unrun=("sglang", "vllm"),
     video=True,
     sensitive=(f"{_SELF}.to_out.0", f"{_CROSS}.to_out.0"),
     # No folds: linears without a bias cannot take a shift back.

@@ -160,6 +160,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("patch_size", "in_channels", "out_channels", "attention_head_dim"),
     facts=_facts,
+    # SGLang has code for HiDream-O1 alone (2026); vLLM-Omni builds its linears unquantized.
+    unrun=("sglang", "vllm"),
     sensitive=(f"{_DOUBLE}.attn1.to_out", f"{_DOUBLE}.attn1.to_out_t", f"{_SINGLE}.attn1.to_out"),
     folds=_folds(),
     unguided=("dev", "fast"),

@@ -105,6 +105,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("rope_theta", "rope_axes_dim"),
     facts=_facts,
+    # Both have code for HunyuanImage 3 alone (2026).
+    unrun=("sglang", "vllm"),
     policies={
         # Its loader in diffusers cannot tell this linear from those of the blocks.
         "bitsandbytes": {"proj_out": "weight"},

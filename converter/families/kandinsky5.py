@@ -149,8 +149,10 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("in_visual_dim", "out_visual_dim", "visual_cond"),
     facts=_facts,
+    # vLLM-Omni has no code for it, SGLang for Kandinsky 6 alone (2026).
+    unrun=("sglang", "vllm"),
     # Modulation is computed in float32, and diffusers keeps it so whatever the rest is.
-    policies=dict.fromkeys(("comfyui", "diffusers", "sglang", "vllm"), _KEPT),
+    policies=dict.fromkeys(("comfyui", "diffusers"), _KEPT),
     video=True,
     sensitive=(
         f"{_TEXT}.{_SELF}.out_layer",

@@ -79,7 +79,7 @@ FAMILY = Family(
     assumed=("pooled_projection_dim",),
     config_of=_config_of,
     facts=_facts,
-    unrun=("sglang",),  # builds its linears unquantized, whatever the config says
+    unrun=("sglang", "vllm"),  # both build its linears unquantized, whatever the config says
     policies={
         # LightX2V builds every linear with the one scheme, those around the blocks as well.
         "lightx2v": {"embedder": "weight", "final": "weight"},

@@ -131,6 +131,7 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("sample_size", "patch_size", "in_channels", "out_channels", "multiple_of"),
     facts=_facts,
+    unrun=("vllm",),  # no entry in its registry (2026)
     policies={"gguf": _REFINERS},  # as lcpp.patch of ComfyUI-GGUF
     sensitive=tuple(f"{block}.attn.to_out.0" for block in _BLOCKS),
     pipelines={"": "Lumina2Pipeline"},

@@ -78,6 +78,7 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("patch_size", "in_channels", "out_channels"),
     facts=_facts,
+    unrun=("sglang", "vllm"),  # both build its linears unquantized, whatever the config says
     policies={
         # Its loader in diffusers cannot tell this linear from those of the blocks.
         "bitsandbytes": {"proj_out": "weight"},

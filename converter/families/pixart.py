@@ -121,6 +121,8 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("num_attention_heads", "attention_head_dim", "sample_size"),
     facts=_facts,
+    # Neither has code for it (vLLM-Omni's registry, SGLang's folder dits, 2026).
+    unrun=("sglang", "vllm"),
     sensitive=(f"{_SELF}.to_out.0", f"{_CROSS}.to_out.0"),
     # All blocks read one time projection, so none can divide its own shift and scale.
     folds=(

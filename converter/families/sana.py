@@ -153,7 +153,8 @@ FAMILY = Family(
     facts=facts,
     sensitive=(f"{SELF}.to_out.0", f"{CROSS}.to_out.0"),
     folds=FOLDS,
-    unrun=("comfyui",),
+    # vLLM-Omni has no code for it, and SGLang builds its linears unquantized (2026).
+    unrun=("comfyui", "sglang", "vllm"),
     pipelines={"": "SanaPipeline"},
     encoders={"text_encoder": "gemma2"},
 )

@@ -127,7 +127,6 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-_KEPT = {"modulation": None}
 _HUB = "stabilityai/stable-diffusion-3"
 
 FAMILY = Family(
@@ -166,7 +165,7 @@ FAMILY = Family(
     config_of=_config_of,
     assumed=("sample_size", "attention_head_dim", "num_attention_heads"),
     facts=_facts,
-    policies={"sglang": _KEPT, "vllm": _KEPT},
+    unrun=("sglang", "vllm"),  # both build its linears unquantized, whatever the config says
     sensitive=(f"{_BLOCK}.attn.to_out.0", f"{_BLOCK}.attn.to_add_out"),
     # Rows of norm1: shift, scale, gate before attention, then before the MLP, then, where there is
     # one, before the second attention. Those of norm1_context stand otherwise in the last block.

@@ -140,8 +140,9 @@ FAMILY = Family(
         "inject_face_latents_blocks",
     ),
     facts=_facts,
-    # vLLM-Omni has no code for it (its folder wan2_2, 2026).
-    unrun=("vllm",),
+    # vLLM-Omni has no code for it (its folder wan2_2), SGLang builds its linears
+    # unquantized (2026).
+    unrun=("sglang", "vllm"),
     video=True,
     sensitive=(f"{_BLOCK}.attn1.to_out.0", f"{_BLOCK}.attn2.to_out.0", f"{_FACE}.to_out"),
     # As in Wan: only what self attention averages.

@@ -129,7 +129,7 @@ FAMILY = Family(
     ),
     blocks=("blocks",),
     linears=_LINEARS,
-    dialects={"diffusers": (), "original": _ORIGINAL},
+    dialects={"diffusers": (), "original": _ORIGINAL, "lightx2v": _ORIGINAL},
     config_of=_config_of,
     assumed=("num_heads",),
     facts=_facts,
