@@ -6,7 +6,8 @@ Weights are [N, K]; those of convolutions [N, C, ...] with K the product of all 
     LoHa    scale · (w1_a w1_b) ∘ (w2_a w2_b); Tucker form with t1, t2
     LoKr    scale · w1 ⊗ w2, each a product of two where it is decomposed
     diff    the difference itself; set: the new weight itself
-    DoRA    W' = m (W + D) / ||W + D||, norms over each row, or each column for a row of m
+    DoRA    W' = m (W + D) / ||W + D||, norms over each row, or over each column for a row of m,
+            which is an input channel of a convolution
 
 scale is alpha / rank, or alpha / sqrt(rank) where the rank stabilises; 1 without alpha, and for
 LoKr of two whole matrices. Formulas: LyCORIS (lycoris/modules/{loha,lokr,locon}.py), PEFT
@@ -139,8 +140,11 @@ class Adapter:
         if self.by_columns:
             if whole.shape[0] != self.rows:
                 raise ValueError("norms over columns need all rows")
-            norms = whole.norm(dim=0, keepdim=True)
             magnitude = self.tensors["magnitude"].float().reshape(1, -1)
+            taps = whole.shape[1] // magnitude.shape[1]
+            channels = whole.view(whole.shape[0], -1, taps)
+            norms = channels.square().sum((0, 2)).sqrt()[None].repeat_interleave(taps, dim=1)
+            magnitude = magnitude.repeat_interleave(taps, dim=1)
         else:
             norms = whole.norm(dim=1, keepdim=True)
             magnitude = self.tensors["magnitude"].float().reshape(-1, 1)[start:stop]

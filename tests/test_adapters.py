@@ -136,6 +136,18 @@ def test_dora_has_the_norms_of_its_magnitudes(shape: tuple[int, ...]) -> None:
             adapter.added(base[4:9], 4, 9)
 
 
+def test_dora_of_a_convolution_has_a_magnitude_for_each_input_channel() -> None:
+    """LyCORIS' wd_on_out=False: norms over all rows and taps of a channel."""
+    base, magnitude = draw(N, K, 3, 3, seed=9), draw(1, K, 1, 1).abs() + 0.1
+    t = {"up": draw(N, RANK, 1, 1), "down": draw(RANK, K, 3, 3), "magnitude": magnitude}
+    delta = t["up"].double().flatten(1) @ t["down"].double().flatten(1)
+    merged = base.double() + 0.5 * delta.view(N, K, 3, 3)
+    norms = merged.square().sum((0, 2, 3), keepdim=True).sqrt()
+    want = merged / norms * magnitude.double()
+    flat = base.flatten(1)
+    assert near(flat + whole(Adapter("lora", t, 0.5), flat), want.flatten(1))
+
+
 def test_differences_and_new_weights() -> None:
     base, other = draw(N, K), draw(N, K, seed=5)
     assert torch.equal(whole(Adapter("diff", {"diff": other})), other)

@@ -268,8 +268,9 @@ def test_control_loras_of_bfl_are_read_as_diffusers_reads_them(tmp_path: Path) -
 )  # fmt: skip
 @pytest.mark.parametrize(
     "prefix",
-    ["", "diffusion_model.", "model.diffusion_model.", "unet.base_model.model.", "lycoris_"],
-)
+    ["", "diffusion_model.", "model.diffusion_model.", "unet.base_model.model.", "lycoris_",
+     "lora_unet__"],
+)  # fmt: skip
 def test_every_spelling_means_the_same(
     state: Weights, tmp_path: Path, words: tuple[str, str], prefix: str
 ) -> None:

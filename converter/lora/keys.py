@@ -56,8 +56,9 @@ TEXT = re.compile(r"(?:lora_te(\d?)_|te(\d)\.|clip_([lg])\.|text_encoders?(?:_(\
 SECOND = "transformer_2."
 """How the keys of Wan 2.2's second expert begin, where a file holds both."""
 
-FLAT = re.compile(r"lora_(?:(?:prior_)?unet|transformer|te\d?)_|lycoris_")
-"""What stands before a module's name whose dots are underscores."""
+FLAT = re.compile(r"lora_(?:(?:prior_)?unet|transformer|te\d?)_+|lycoris_")
+"""What stands before a module's name whose dots are underscores; twice one in VideoX-Fun's files.
+"""
 
 PREFIXES = (
     "base_model.",

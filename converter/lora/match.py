@@ -24,7 +24,7 @@ from dqconvert.quantizers.adapters import (
     missing,
     rank_of,
 )
-from dqconvert.quantizers.errors import PlanError
+from dqconvert.quantizers.errors import PlanError, SourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,8 +53,10 @@ class Patch:
 
     @property
     def strength(self) -> float:
-        """What the whole is multiplied by."""
-        return self.file.spec.strength
+        """What the whole is multiplied by; a new weight is taken as it is, or not at all, as
+        ComfyUI and diffusers do."""
+        said = self.file.spec.strength
+        return float(said != 0) if self.kind == "set" else said
 
     @property
     def rank(self) -> int | None:
@@ -90,6 +92,7 @@ class Patch:
         if self.kind not in ("diff", "set") or len(self.shapes[self.kind]) < 2:
             return self.adapter
         rows = self.file.source.read(self.roles[self.kind], (start, stop))
+        _check_finite(self, self.kind, rows)
         return Adapter(self.kind, {self.kind: rows})
 
     def _place(self, start: int, stop: int) -> tuple[int, int]:
@@ -109,11 +112,23 @@ def _adapter(patch: Patch) -> Adapter:
     """down, which all blocks of rows need, in fp32; the rest as the file has it."""
     source = patch.file.source
     tensors = {role: source.read(key) for role, key in patch.roles.items() if role != "alpha"}
+    for role, tensor in tensors.items():
+        _check_finite(patch, role, tensor)
     if "down" in tensors:
         tensors["down"] = tensors["down"].float()
     rank = rank_of("lora" if patch.kind == BIAS else patch.kind, patch.shapes)
     scale = patch.file.scale(patch.base, rank, patch.roles.get("alpha"))
     return Adapter(patch.kind, tensors, scale)
+
+
+def _check_finite(patch: Patch, role: str, tensor: Tensor) -> None:
+    """SourceError that names the file and the tensor."""
+    numbers = tensor.float() if tensor.element_size() == 1 else tensor  # torch has none for fp8
+    if not bool(numbers.isfinite().all()):
+        raise SourceError(
+            f"{patch.file.path}: tensor {patch.roles[role]} holds NaN or infinity; its training "
+            "failed, or the file is damaged"
+        )
 
 
 @dataclass(slots=True)
@@ -231,7 +246,7 @@ def _place(found: Matching, module: _Module, home: Home | None, kind: str) -> No
         )
         return
     magnitude = module.shapes().get("magnitude")
-    if magnitude is not None and prod(magnitude) != wanted[columnwise(magnitude)]:
+    if magnitude is not None and prod(magnitude) != shape[columnwise(magnitude)]:
         found.problems[module.base] = (
             f"its magnitudes are {list(magnitude)}, for a weight of {list(wanted)}"
         )
@@ -313,12 +328,21 @@ def read(
         skipped |= lost
         patches += found.patches
         notes += _notes(file, found, partial)
+        if found.patches and all(
+            p.kind == "set" and p.roles["set"] == p.base for p in found.patches
+        ):
+            raise PlanError([f"{file.name}: {_CHECKPOINT}"])
         if not found.patches and not (lost and not partial):
             where = f"{source.family.title}'s {component}"
             raise PlanError([f"{file.name}: nothing in it is of {where}"])
     if skipped and not partial:
         raise refusal(skipped, "--lora-partial goes on without these")
     return Loras(tuple(files), tuple(patches), tuple(notes), skipped)
+
+
+_CHECKPOINT = (
+    "holds whole weights alone, so it is a checkpoint and no LoRA; convert it in the model's place"
+)
 
 
 def refusal(problems: Mapping[str, str], hint: str) -> PlanError:
