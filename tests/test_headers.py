@@ -31,7 +31,7 @@ WEIGHTS = {
     "flux1-dev": 11_901_408_320,
     "flux1-schnell": 11_891_178_560,
     "qwen-image": 20_430_401_088,
-    "sd3.5-large": 8_056_627_520,
+    "sd3.5-large": 8_056_627_520 + 192 * 192 * 2432,  # the table of positions is no parameter
     "wan2.1-t2v-1.3b": 1_418_996_800,
     "wan2.1-t2v-14b": 14_288_491_584,
     "z-image-turbo": 6_154_908_736,
