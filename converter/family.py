@@ -119,7 +119,8 @@ class Family:
     blocks that some policy names. spellings: {target: dialects that it may be written in}
     where that depends on the class of the model; spelling(class): the one. passengers: {beginning
     of names of tensors that are another part of the same model: targets whose files hold them too}.
-    vocabulary: tensor in which ComfyUI's files hold the tokenizer.
+    vital: those of them without which such a file does not run. vocabulary: tensor in which
+    ComfyUI's files hold the tokenizer.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Family:
     spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     spelling: Callable[[str], str] = lambda name: "transformers"
     passengers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    vital: tuple[str, ...] = ()
     vocabulary: str = ""
 
     def dialect_of(self, target: str, dialect: str, own: str = "") -> str:

@@ -134,7 +134,7 @@ def make_plan(
         rank=planner.rank,
         config=config if options.config is None else options.config,
         layers={layer.name: layer.form for layer in layers if layer.form},
-        facts={"architecture": family.architecture, **family.facts(dialect, config)},
+        facts={"architecture": family.architecture, **_facts(source, dialect, config)},
         library="diffusers" if options.config is None else "transformers",
         kept=tuple(
             name.removesuffix(".weight")
@@ -155,6 +155,13 @@ def make_plan(
     _check_readable(target, context, outputs)
     total = sum(info.nbytes for info in source.infos.values())
     return Plan(target, scheme, context, layers, total, outputs)
+
+
+def _facts(source: CanonicalSource, dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the family has to tell; metadata as the source has it, where it has it."""
+    facts, known = source.family.facts(dialect, config), source.source.metadata
+    said = {key: known.get(key, text) for key, text in facts.get("metadata", {}).items()}
+    return facts | ({"metadata": said} if said else {})
 
 
 def _check_readable(

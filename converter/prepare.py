@@ -228,7 +228,7 @@ def prepare(job: Job) -> Prepared:
     check_apart(output, [*source.source.files, *_given(job)])
     said = source.loras.notes if isinstance(source, MergedSource) else ()
     found = said if tokens is not None else (*said, _NO_TOKENIZER)
-    found = (*found, *_notes_of_vocabulary(source, goal))
+    found = (*found, *_notes_of_vocabulary(source, goal), *_notes_of_passengers(source, goal))
     prepared = Prepared(job, model, source, plan, calibration, output, options, found)
     return replace(prepared, branch=branch)
 
@@ -246,6 +246,18 @@ def _notes_of_vocabulary(source: CanonicalSource, goal: Target) -> Iterator[str]
             f"ComfyUI makes this encoder's tokenizer of a tensor called {name} in the file, which "
             "the source lacks; convert the 16-bit file that was made for ComfyUI"
         )
+
+
+def _notes_of_passengers(source: CanonicalSource, goal: Target) -> Iterator[str]:
+    """Parts of the same file, for a runtime, that the source does not have."""
+    family = source.family
+    for start in family.vital:
+        known = any(name.startswith(start) for name in source.infos)
+        if goal.NAME in family.passengers[start] and not known:
+            yield (
+                f"target {goal.NAME} reads {start}* from the same file, and the source has none of "
+                "it: what is written does not run; convert the original single file, which has"
+            )
 
 
 _NO_TOKENIZER = (

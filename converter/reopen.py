@@ -115,14 +115,14 @@ class Reopened:
     @cached_property
     def kept(self) -> Mapping[str, tuple[str, Entry]]:
         """Unquantized canonical tensors: the name in the file and the row of the table."""
-        packed = self.recognized.forms.keys()
+        packed, extras = self.recognized.forms.keys(), self.recognized.extras
         table: dict[str, list[Entry]] = {}
         for entry in self.table:
             for leaf in leaves(entry):
                 table.setdefault(leaf.theirs, []).append(leaf)
         found: dict[str, tuple[str, Entry]] = {}
         for name in self.source.infos:
-            if layer_of(name) in packed or name in self.recognized.extras:
+            if layer_of(name) in packed or name in extras or name.startswith(self.family.unread):
                 continue
             rows = [
                 (leaf, index)

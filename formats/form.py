@@ -52,11 +52,12 @@ class FileContext:
 
     model: short name for file names ("flux1-dev"); rank: of the low-rank branches; config: the
     diffusers config of the transformer; layers: packed layers by their name in the file; facts:
-    what this runtime wants to be told of the family (such as its class names); kept: linears of
-    the file that stay unquantized, by name; layout: of the target's layouts the one chosen;
-    settings: what the user said of this target alone, such as {"kernel": "q8f"}; names: of all
-    tensors of the file; provenance: what a file may say of where it comes from, by GGUF's keys; library: whose model
-    it is, "transformers" for text encoders that it loads.
+    what this runtime wants to be told of the family (such as its class names; ComfyUI: metadata of
+    the file, and tensors: {name: values} that stand for a config); kept: linears of the file that
+    stay unquantized, by name; layout: of the target's layouts the one chosen; settings: what the
+    user said of this target alone, such as {"kernel": "q8f"}; names: of all tensors of the file;
+    provenance: what a file may say of where it comes from, by GGUF's keys; library: whose model it
+    is, "transformers" for text encoders that it loads.
     """
 
     model: str

@@ -6,6 +6,7 @@ ltx_video/models/transformers, which ComfyUI shares (comfy/ldm/lightricks/model.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,8 +106,27 @@ def _config_of(infos: Infos) -> dict[str, Any]:
     }
 
 
+def told(transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """What ComfyUI reads in the header rather than in the shapes (model_detection.py there)."""
+    return {"metadata": {"config": json.dumps({"transformer": transformer})}}
+
+
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    if dialect != "original":
+        return {}
+    names = (
+        "in_channels",
+        "out_channels",
+        "num_attention_heads",
+        "attention_head_dim",
+        "cross_attention_dim",
+        "caption_channels",
+        "num_layers",
+    )
+    # The models of 13B are of 0.9.7 and later, which count the first frame once. Those of 2B may
+    # be of either kind, and ComfyUI's own habit is that of the first.
+    later = {"causal_temporal_positioning": True} if config["cross_attention_dim"] > 2048 else {}
+    return told({name: config[name] for name in names} | later)
 
 
 _ALIASES = {

@@ -99,8 +99,53 @@ def _config_of(infos: Infos) -> dict[str, Any]:
     }
 
 
+_SAME = (
+    "in_channels",
+    "out_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "caption_channels",
+    "num_layers",
+    "audio_in_channels",
+    "audio_out_channels",
+    "audio_num_attention_heads",
+    "audio_attention_head_dim",
+    "audio_cross_attention_dim",
+    "rope_type",
+    "ff_bias",
+    "audio_ff_bias",
+    "use_prompt_adaln_single",
+)
+"""Keys that Lightricks' config and diffusers' share."""
+
+
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    """Lightricks' config, from diffusers': what its convert_ltx2_to_diffusers.py does, undone."""
+    if dialect != "original":
+        return {}
+    late = not config["use_prompt_embeddings"]
+    sides = (config.get("base_height", 2048), config.get("base_width", 2048))
+    exact = config.get("rope_double_precision", True)
+    return ltx.told(
+        {name: config[name] for name in _SAME}
+        | {
+            "apply_gated_attention": config["gated_attn"],
+            "cross_attention_adaln": config["cross_attn_mod"],
+            "caption_proj_before_connector": late,
+            "caption_projection_first_linear": not late,
+            "positional_embedding_theta": config.get("rope_theta", 10000.0),
+            "positional_embedding_max_pos": [config.get("pos_embed_max_pos", 20), *sides],
+            "audio_positional_embedding_max_pos": [config.get("audio_pos_embed_max_pos", 20)],
+            "causal_temporal_positioning": bool(config.get("causal_offset", 1)),
+            "use_middle_indices_grid": True,
+            "frequencies_precision": "float64" if exact else "float32",
+            "timestep_scale_multiplier": config.get("timestep_scale_multiplier", 1000),
+            "av_ca_timestep_scale_multiplier": config.get(
+                "cross_attn_timestep_scale_multiplier", 1000
+            ),
+        }
+    )
 
 
 _ALIASES = {"ltx-2": "Lightricks/LTX-2", "ltx-2.5": "Lightricks/LTX-2.5-Diffusers"}
@@ -163,4 +208,5 @@ FAMILY = Family(
     encoders={"text_encoder": "gemma3"},
     # Others have them in a folder of their own, or read the first checkpoint for them.
     passengers=dict.fromkeys(_CONNECTORS, ("comfyui", "gguf")),
+    vital=_CONNECTORS,
 )

@@ -16,6 +16,8 @@ from dqconvert.quantizers.errors import SourceError
 
 _BLOCK, _REFINER = "transformer_blocks.{i}", "token_refiner.refiner_blocks.{i}"
 _TABLE = "adaln_t_table"
+_FREQUENCIES = "rope.inv_freq"
+"""What ComfyUI reads of the file, and others compute from the config."""
 
 _LINEARS = (
     *(
@@ -107,7 +109,10 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "ComfyUI's names alone; convert it for ComfyUI, or the unpruned checkpoint "
             "(MiniMaxAI/MiniMax-H3)"
         )
-    return {}
+    if dialect != "original":
+        return {}
+    count, theta = config.get("rope_freq_dim", 16), config.get("rope_theta", 10000.0)
+    return {"tensors": {_FREQUENCIES: tuple(theta ** (-i / count) for i in range(count))}}
 
 
 FAMILY = Family(
@@ -138,8 +143,7 @@ FAMILY = Family(
         "lightx2v": (),
     },
     sharded={"original": "original-shards"},
-    # Computed from the config.
-    unread=("rope.inv_freq",),
+    unread=(_FREQUENCIES,),
     config_of=_config_of,
     assumed=("in_channels", "patch_size", "freq_dim", "time_embed_hidden_dim"),
     facts=_facts,

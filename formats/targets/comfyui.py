@@ -62,6 +62,8 @@ ROLES = {"attention": "weight", "mlp": "weight", "modulation": "weight"}
 PARTIAL = True
 FOLDER = ""
 
+ANNOUNCED = "scaled_fp8"
+
 ROOM = {"rotate": ("int8", "int4", "lut4"), "smooth": ("e2m1",)}
 """Codes that a step of a scheme goes with; fold and clip leave nothing for the runtime to do."""
 
@@ -233,14 +235,15 @@ def filename(context: FileContext) -> str:
 def metadata(context: FileContext) -> dict[str, str]:
     """The markers again, under the layers' names in the file, and a version that loads them.
 
-    None of it in a file with scaled_fp8, which ComfyUI does not look for beside a header.
+    None of that in a file with scaled_fp8, which ComfyUI does not look for beside a header. What
+    it wants to be told of the model is in both.
     """
-    forms = context.layers
+    forms, of_model = context.layers, dict(context.facts.get("metadata", {}))
     if any(form.layout == LEGACY for form in forms.values()):
-        return {}
+        return of_model
     layers = {name: entry(form) for name, form in forms.items() if form.layout != MARKERS}
     since = max((known(form).since for form in forms.values()), key=_version, default="")
-    said = {"comfyui_min_version": since} if since else {}
+    said = of_model | ({"comfyui_min_version": since} if since else {})
     if layers:
         said[ENTRIES] = json.dumps({"format_version": "1.0", "layers": layers})
     return said
@@ -251,22 +254,29 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def extras(context: FileContext) -> dict[str, TensorInfo]:
-    """The tensor that announces layers of scaled_fp8."""
+    """The tensor that announces layers of scaled_fp8, and those that make up for a config."""
+    found = {name: TensorInfo("F32", (len(of),)) for name, of in _constants(context).items()}
     older = [form for form in context.layers.values() if form.layout == LEGACY]
     if not older:
-        return {}
+        return found
     # Inputs of adaLN's are small enough for scale 1; where others want full precision, all get it.
     exact = any(form.full_precision and not form.splits for form in older)
-    return {"scaled_fp8": TensorInfo("F8_E4M3", (2 if exact else 0,))}
+    return found | {ANNOUNCED: TensorInfo("F8_E4M3", (2 if exact else 0,))}
+
+
+def _constants(context: FileContext) -> Mapping[str, tuple[float, ...]]:
+    found: Mapping[str, tuple[float, ...]] = context.facts.get("tensors", {})
+    return found
 
 
 def extra_tensors(context: FileContext) -> dict[str, Tensor]:
     """The same, as tensors."""
     import torch
 
-    return {
-        name: torch.zeros(info.shape).to(torch.float8_e4m3fn)
-        for name, info in extras(context).items()
+    found = {name: torch.tensor(of) for name, of in _constants(context).items()}
+    marks = {name: info for name, info in extras(context).items() if name not in found}
+    return found | {
+        name: torch.zeros(info.shape).to(torch.float8_e4m3fn) for name, info in marks.items()
     }
 
 

@@ -282,6 +282,7 @@ def metadata(context: FileContext) -> dict[str, Any]:
     said = {
         ARCHITECTURE: str(context.facts.get("architecture", "")),
         **context.provenance,
+        **context.facts.get("metadata", {}),
         VERSION: 2,
         FILE_TYPE: FILE_TYPES[name],
         **known,
