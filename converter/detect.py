@@ -77,6 +77,12 @@ class _Reading:
         """Where each canonical tensor lies; names that the table does not know are left out."""
         return _origins(self.source.infos, self.short, self.family, self.dialect)
 
+    @cached_property
+    def explained(self) -> int:
+        """How many of the names the family knows, whatever is missing beside them."""
+        known = _known(self.family, self.dialect)
+        return sum(any(one in known for one, _ in patterns(name)) for name in self.short)
+
     @property
     def lacks(self) -> list[str]:
         """Tensors of the signature that are not there, by the first of their names."""
@@ -132,14 +138,14 @@ def open_canonical(
     readings = list(_readings(source, names))
     fitting = (one for one in readings if one.fits)
     found = max(fitting, key=lambda one: (one.nbytes, -len(one.prefix)), default=None)
-    if found is not None and not (found.dialect == DIFFUSERS and is_another(found.family, config)):
-        return _opened(found, path)
-    family = by_names(source.infos, config)
+    another = found and found.dialect == DIFFUSERS and is_another(found.family, config)
+    family = by_names(source.infos, config) if found is None or another else None
     if family is not None:
         return _opened(_Reading(source, family, family.sources[0], "", names), path)
-    if found is not None:
+    near = _nearest(readings) if found is None or found.unknown else found
+    if found is not None and (near is None or near.explained <= found.explained):
         return _opened(found, path)
-    raise SourceError(f"{path}: {_difference(_nearest(readings), names)}")
+    raise SourceError(f"{path}: {_difference(near, names)}")
 
 
 def is_another(family: Family, config: Mapping[str, Any] | None) -> bool:
@@ -207,7 +213,7 @@ def _opened(reading: _Reading, path: Path) -> CanonicalSource:
         raise SourceError(
             f"{path}: an incomplete {family.title} checkpoint; {len(missing)} tensors are missing, "
             f"the first is {missing[0]}; download it again"
-            + (f"; unknown beside them: {_some(reading.unknown)}" if reading.unknown else "")
+            + (f"; unknown beside them: {some(reading.unknown)}" if reading.unknown else "")
         )
     modules = {origin.tensor.rpartition(".")[0] for origin in reading.origins.values()}
     beside = [
@@ -233,9 +239,9 @@ def _uncountable(name: str) -> bool:
 
 
 def _nearest(readings: Sequence[_Reading]) -> _Reading | None:
-    """The reading that is most like its family, if it is nearly of it."""
-    best = max(readings, key=lambda one: (one.likeness(), one.nbytes), default=None)
-    return best if best and (best.likeness() >= NEAR or len(best.lacks) < 2) else None
+    """The reading that explains the most, of those that are nearly of their families."""
+    near = (one for one in readings if one.likeness() >= NEAR or len(one.lacks) < 2)
+    return max(near, key=lambda one: (one.explained, one.likeness()), default=None)
 
 
 def _difference(best: _Reading | None, names: Sequence[str]) -> str:
@@ -243,19 +249,20 @@ def _difference(best: _Reading | None, names: Sequence[str]) -> str:
     if best is None:
         known = ", ".join(family.title for family in families().values())
         return (
-            f"not a diffusion transformer that is known (its tensors: {_some(names)}); "
+            f"not a diffusion transformer that is known (its tensors: {some(names)}); "
             f"known families: {known}"
         )
     lacks = best.lacks
     other = [best.origins[name].tensor for name in best.family.foreign if name in best.origins]
-    parts = [f"it lacks {_some(lacks)}"] if lacks else []
-    parts += [f"it has {_some(other)}, which tells another model"] if other else []
+    parts = [f"it lacks {some(lacks)}"] if lacks else []
+    parts += [f"it has {some(other)}, which tells another model"] if other else []
     rest = list(best.unknown.values())
-    parts += [f"{len(rest)} of its tensors are not known there: {_some(rest)}"] if rest else []
+    parts += [f"{len(rest)} of its tensors are not known there: {some(rest)}"] if rest else []
     return f"nearly {best.family.title} in {best.dialect} names, but {'; '.join(parts)}"
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first few names, as a list."""
     names = list(names)
     return ", ".join(names[:NAMED]) + (" ..." if len(names) > NAMED else "")
 
@@ -291,6 +298,16 @@ def _origins(
 def _table(family: Family, dialect: str) -> Mapping[str, Entry]:
     """The rows of a dialect by its names."""
     return {leaf.theirs: leaf for entry in family.dialects[dialect] for leaf in leaves(entry)}
+
+
+@cache
+def _known(family: Family, dialect: str) -> frozenset[str]:
+    """Patterns of all names of a dialect: those of its rows, and of what has no row there."""
+    rows = [leaf for entry in family.dialects[dialect] for leaf in leaves(entry)]
+    whole = [leaf for entry in family.dialects[family.sources[0]] for leaf in leaves(entry)]
+    renamed = {ours for leaf in rows for ours in leaf.ours}
+    same = {ours for leaf in whole for ours in leaf.ours} - renamed
+    return frozenset(same | {leaf.theirs for leaf in rows})
 
 
 def _split(

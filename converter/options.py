@@ -9,7 +9,7 @@ from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.family import Family
-from dqconvert.formats.targets import Target
+from dqconvert.formats.targets import Target, target
 from dqconvert.quantizers import schemes
 from dqconvert.quantizers.errors import PlanError
 from dqconvert.quantizers.spec import Scheme
@@ -61,6 +61,14 @@ def runs(target: Target, family: Family) -> bool:
     return named and bool(family.architecture or not hasattr(target, "ARCHITECTURE"))
 
 
+def running(scheme: Scheme, family: Family, calibrated: bool) -> list[Target]:
+    """The targets of a scheme that run a family, in the scheme's order."""
+    known = (target(name) for name in scheme.targets)
+    able = [one for one in known if runs(one, family) and one.accepts(scheme) is None]
+    needs = (one.static(scheme, one.layouts(scheme)[0]) == "required" for one in able)
+    return [one for one, needed in zip(able, needs, strict=True) if calibrated or not needed]
+
+
 def customised(
     target: Target, scheme: Scheme, options: PlanOptions, source: CanonicalSource
 ) -> tuple[Scheme, str]:
@@ -69,7 +77,9 @@ def customised(
     problems = [*_option_problems(scheme, options)]
     problems += _target_problems(target, scheme, options, known)
     if not runs(target, source.family):
-        problems.append(f"target {target.NAME} does not run {source.family.title}")
+        others = [one.NAME for one in running(scheme, source.family, options.calibrated)]
+        hint = f"; try --target {' or '.join(others)}" if others else ""
+        problems.append(f"target {target.NAME} does not run {source.family.title}{hint}")
     if problems:
         raise PlanError(problems)
     weight = scheme.weight

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from dqconvert.converter import tokenizers
 from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.detect import NAMED, unknown
+from dqconvert.converter.detect import some, unknown
 from dqconvert.converter.generic import is_generic
 from dqconvert.converter.job import Job
 from dqconvert.converter.lora import apply as lora
 from dqconvert.converter.lora.branch import Branch, branched
 from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
-from dqconvert.converter.options import PlanOptions
+from dqconvert.converter.options import PlanOptions, running
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import TRANSFORMER, Model, resolve
 from dqconvert.converter.statistics import (
@@ -94,7 +94,7 @@ class Prepared:
             found.append(f"{whole} adaLN layers multiply in 16 bit: their inputs have no scale")
         if self.calibration is not None:
             found += self.calibration.notes
-        found += [*self.source.notes, *_notes_of_names(self.source)]
+        found += [*self.source.notes, *_notes_of_names(self.source, self.plan.target)]
         if self.source.ignored:
             found.append(f"{self.source.ignored} tensors of other components were left out")
         return tuple(found)
@@ -108,8 +108,8 @@ class Prepared:
         return replace(self, plan=plan, options=options)
 
 
-def _notes_of_names(source: CanonicalSource) -> Iterator[str]:
-    """What no table says of a checkpoint: a whole model, or single tensors."""
+def _notes_of_names(source: CanonicalSource, goal: Target) -> Iterator[str]:
+    """What no table says of a checkpoint, a whole model or single tensors; what no reader reads."""
     title = source.family.title
     if is_generic(source.family):
         yield (
@@ -119,8 +119,10 @@ def _notes_of_names(source: CanonicalSource) -> Iterator[str]:
     passengers = tuple(source.family.passengers)
     rest = [name for name in unknown(source) if not name.startswith(passengers)]
     if rest:
-        more = f" and {len(rest) - NAMED} more" if len(rest) > NAMED else ""
-        yield f"{title} has no such tensors; kept as they are: {', '.join(rest[:NAMED])}{more}"
+        yield f"{title} has no such tensors; kept as they are: {some(rest)}"
+    left = [name for name in source.infos if not source.family.carries(goal.NAME, name)]
+    if left:
+        yield f"{len(left)} tensors are not read by {goal.NAME} and were left out: {some(left)}"
 
 
 def _notes_without_calibration(prepared: Prepared) -> Iterator[str]:
@@ -196,10 +198,10 @@ def prepare(job: Job) -> Prepared:
     chosen = scheme(job.scheme)
     _check_words(job, chosen)
     lora.check(job, chosen)
-    goal = target(job.target or chosen.targets[0])
-    _check_device(job, goal)
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
     source = lora.merged(job, open_model(model.path, model.config, model.part))
+    goal = _goal(job, chosen, source)
+    _check_device(job, goal)
     model = _credited(model, source.source.metadata)
     tokens = _tokenizer(model, source, goal)
     calibration = plan_calibration(job, model, source, _learns(job, chosen))
@@ -231,6 +233,12 @@ def prepare(job: Job) -> Prepared:
     found = (*found, *_notes_of_vocabulary(source, goal), *_notes_of_passengers(source, goal))
     prepared = Prepared(job, model, source, plan, calibration, output, options, found)
     return replace(prepared, branch=branch)
+
+
+def _goal(job: Job, chosen: Scheme, source: CanonicalSource) -> Target:
+    """The runtime that was asked for, or the scheme's first that runs the family."""
+    able = running(chosen, source.family, job.calib is not None)
+    return target(job.target) if job.target else [*able, target(chosen.targets[0])][0]
 
 
 def _given(job: Job) -> list[Path]:
