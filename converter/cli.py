@@ -262,9 +262,10 @@ def inspect(path: Path, as_json: bool) -> None:
 def verify(out: Path, against: str | None, as_json: bool) -> None:
     """Dequantize every layer of OUT from its bytes and report its error.
 
-    Exits with 1 on a missing, misshapen, non-finite or mislabelled tensor.
+    OUT may be a pipeline, of which all quantized parts are checked. Exits with 1 on a missing,
+    misshapen, non-finite or mislabelled tensor.
     """
-    from dqconvert.converter.verify import verify as check
+    from dqconvert.converter.verify_pipeline import verify_any as check
 
     verdict = check(out, against)
     show.verdict(verdict, as_json)

@@ -70,7 +70,7 @@ class Verdict:
 def verify(out: Path, against: str | None = None) -> Verdict:
     """Check a file or folder of ours, against the model it was made from if one is named."""
     found = reopen(out)
-    problems = [*found.problems(), *_hashes(found)]
+    problems = [*found.problems(), *changed(found.root, found.manifest.files)]
     problems += [f"{name}: missing from the file" for name in found.missing()]
     problems += [f"{name}: unexpected" for name in found.unexpected()]
     reports: list[LayerReport] = []
@@ -328,10 +328,10 @@ def _bias(q: QuantizedTensor, problem: LinearProblem, form: PackedForm) -> Itera
         yield "its bias is not the model's"
 
 
-def _hashes(found: Reopened) -> Iterator[str]:
-    """Files that are not as the manifest says."""
-    for name, digest in found.manifest.files.items():
-        path = found.root / name
+def changed(root: Path, files: Mapping[str, str]) -> Iterator[str]:
+    """Files below a folder whose SHA-256 is not what a manifest says."""
+    for name, digest in files.items():
+        path = root / name
         if not path.is_file():
             yield f"{name}: the manifest names it, but it is not there"
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,9 +67,32 @@ def test_unquantized_weights_take_no_room(whole: Path) -> None:
     assert not (whole / "model_index.json").samefile(DIGITS / "model_index.json")
 
 
-@pytest.mark.parametrize("part", ["", "transformer", "text_encoder", "text_encoder_2"])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "text_encoder_2"])
 def test_each_part_is_sound(whole: Path, part: str) -> None:
     assert "sound" in done("verify", whole / part)
+
+
+@pytest.mark.parametrize("model", [(), ("--against", "flux-digits")])
+def test_a_pipeline_is_sound_as_a_whole(whole: Path, model: tuple[str, ...]) -> None:
+    said = json.loads(done("verify", whole, *model, "--json"))
+    parts = {layer["name"].partition(".")[0] for layer in said["layers"]}
+    assert parts == {"transformer", "text_encoder", "text_encoder_2"} and not said["problems"]
+
+
+def test_damage_anywhere_is_found(whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for name in ("text_encoder/model.safetensors", "vae/config.json", "text_encoder_2/config.json"):
+        path = out / name
+        data = path.read_bytes()
+        path.unlink()  # a hard link of another's
+        path.write_bytes(data + b" " if path.suffix == ".json" else data[:-1] + b"@")
+    (out / "text_encoder" / "dqconvert.json").write_text("{}")
+    result = checkpoints.dqconvert("verify", out)
+    assert result.exit_code == 1
+    for name in ("vae/config.json", "text_encoder/dqconvert.json", "text_encoder_2: config.json",
+                 "text_encoder/model.safetensors"):  # fmt: skip
+        assert f"{name}: its SHA-256" in result.stderr, result.output
 
 
 def test_diffusers_draws_with_it(whole: Path) -> None:

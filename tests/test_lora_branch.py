@@ -30,6 +30,19 @@ RANKS = {
 }
 """A LoRA of linears that have a branch; 17 pads to 32, so files of rank 16 get 48."""
 
+configs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("configs.py"))))
+SDXL = checkpoints.FAMILY_MODELS["sdxl"]
+Z_IMAGE = configs.z_image_config(dim=384, n_layers=1, n_heads=3, n_kv_heads=3, cap_feat_dim=128)
+OTHERS = {
+    "qwen-image": (
+        configs.qwen_image_config(num_layers=1, num_attention_heads=2, joint_attention_dim=128),
+        (),
+    ),
+    "z-image": (Z_IMAGE, ("--layout", "v2")),  # whose w3 and w1 are one layer
+    "z-image-skip": (Z_IMAGE, ("--layout", "skip-refiners")),
+    "sdxl": (SDXL["config"](**SDXL["SMALL"] | SDXL["SHALLOW"]), ()),
+}
+
 Weights = dict[str, Tensor]
 RUNTIMES = [
     ("svdquant-w4a4", "nunchaku"),
@@ -242,3 +255,44 @@ def test_what_cannot_be_is_refused(base: Path, lora: Path, pipeline: Path, tmp_p
     save_file(text, tmp_path / "text.safetensors")
     given = ("--lora", tmp_path / "text.safetensors", "--lora-mode", "branch")
     assert "nothing in it is of" in refused(tmp_path, base, *given, *out)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_nunchakus_other_models_get_it_row_by_row(name: str, tmp_path: Path) -> None:
+    config, layout = OTHERS[name]
+    model = {
+        k: tensor * 0.05 for k, tensor in checkpoints.filled(checkpoints.meta_model(config)).items()
+    }
+    folder, lora = tmp_path / "model", tmp_path / "lora.safetensors"
+    folder.mkdir()
+    save_file(model, folder / checkpoints.WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config))
+    given = ("--scheme", "svdquant-w4a4", "--target", "nunchaku", "--rank", 16, "-q", *layout)
+    done(folder, *given, "-o", tmp_path / "base")
+    base = reopen(tmp_path / "base")
+    held = [layer for layer in base.layers if layer.form.rank]
+    modules = [module for layer in held for module in layer.modules]
+    ranks = {module: 2 for place, module in enumerate(modules) if place % 3 != 2}
+    save_file(factors(model, ranks), lora)
+    branch = ("--lora", f"{lora}:{STRENGTH}", "--lora-mode", "branch")
+    done(tmp_path / "base", *branch, "-o", tmp_path / "more")
+    more, adds = reopen(tmp_path / "more"), load_file(lora)
+    for one, two in zip(held, (x for x in more.layers if x.form.rank), strict=True):
+        before, after = (
+            forward.effective_weight(f.unpack(x)) for f, x in ((base, one), (more, two))
+        )
+        added = []
+        for module in one.modules:
+            up, down = (adds.get(f"transformer.{module}.lora_{x}.weight") for x in "BA")
+            shape = model[f"{module}.weight"].shape
+            none = torch.zeros(shape[0], shape[1:].numel(), dtype=torch.float64)
+            plain = up is None or down is None
+            added.append(none if plain else STRENGTH * up.double() @ down.double())
+        want = before.double() + torch.cat(added)
+        assert float((after - want).norm()) < 1e-3 * float(want.norm()), one.name
+    if name in ("sdxl", "z-image"):  # which take their time
+        return
+    done(folder, *given, *branch, "-o", tmp_path / "new")
+    first, second = tensors_of(tmp_path / "more"), tensors_of(tmp_path / "new")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[k].view(torch.uint8), second[k].view(torch.uint8)) for k in first)
