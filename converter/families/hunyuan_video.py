@@ -141,6 +141,14 @@ FUSED = (
     Entry("double_blocks.{i}.txt_attn_qkv.*", qkv(BLOCK, TEXT)),
 )
 
+SINGLE = (
+    Entry("single_blocks.{i}.modulation.linear.*", (f"{_SINGLE}.norm.linear.*",)),
+    Entry("single_blocks.{i}.linear1.*", (*qkv(_SINGLE), f"{_SINGLE}.proj_mlp.*")),
+    Entry("single_blocks.{i}.linear2.*", (f"{_SINGLE}.proj_out.*",)),
+    Entry("single_blocks.{i}.q_norm.weight", (f"{_SINGLE}.attn.norm_q.weight",)),
+    Entry("single_blocks.{i}.k_norm.weight", (f"{_SINGLE}.attn.norm_k.weight",)),
+)
+
 _EMBEDDER = "time_text_embed"
 
 _ORIGINAL = (
@@ -150,11 +158,7 @@ _ORIGINAL = (
     Entry("vector_in.in_layer.*", (f"{_EMBEDDER}.text_embedder.linear_1.*",)),
     Entry("vector_in.out_layer.*", (f"{_EMBEDDER}.text_embedder.linear_2.*",)),
     *mlp("guidance_in", f"{_EMBEDDER}.guidance_embedder"),
-    Entry("single_blocks.{i}.modulation.linear.*", (f"{_SINGLE}.norm.linear.*",)),
-    Entry("single_blocks.{i}.linear1.*", (*qkv(_SINGLE), f"{_SINGLE}.proj_mlp.*")),
-    Entry("single_blocks.{i}.linear2.*", (f"{_SINGLE}.proj_out.*",)),
-    Entry("single_blocks.{i}.q_norm.weight", (f"{_SINGLE}.attn.norm_q.weight",)),
-    Entry("single_blocks.{i}.k_norm.weight", (f"{_SINGLE}.attn.norm_k.weight",)),
+    *SINGLE,
     *(
         Entry(f"{name}.*", (f"{name}.*",))
         for name in (
@@ -267,6 +271,12 @@ FAMILY = Family(
     facts=_facts,
     # vLLM-Omni has code for HunyuanVideo 1.5 alone (2026).
     unrun=("vllm",),
+    policies={
+        # Its loader in diffusers cannot tell this linear from those of the blocks.
+        "bitsandbytes": {"proj_out": "weight"},
+        "bitsandbytes-double": {"proj_out": "weight"},
+    },
+    outside=(Linear("proj_out", "output"),),
     video=True,
     sensitive=(f"{BLOCK}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=(*FOLDS, *_SINGLE_FOLDS),
