@@ -185,7 +185,7 @@ def convert(dry_run: bool, as_json: bool, quiet: bool, **words: Any) -> None:
 
     job = _job(**words)
     if not job.scheme:
-        show.made(_rewritten(job, dry_run), as_json)
+        _rewrite(job, dry_run, as_json)
         return
     if job.component == ALL:
         _convert_all(job, dry_run, as_json, quiet)
@@ -225,13 +225,17 @@ def _job(override: Any, legacy: bool, kernel: str | None, save_by_block: bool, *
     return Job(**words, overrides=tuple(override), settings=given)
 
 
-def _rewritten(job: Job, dry_run: bool) -> Path:
+def _rewrite(job: Job, dry_run: bool, as_json: bool) -> None:
     """An output of ours with LoRAs in its branches, which is all that needs no scheme."""
-    if job.lora_mode != "branch" or dry_run:
+    if job.lora_mode != "branch":
         raise click.UsageError("Missing option '--scheme'.")
-    from dqconvert.converter.lora.rewrite import rewrite
+    from dqconvert.converter.lora.rewrite import plan_rewrite, rewrite
 
-    return rewrite(job)
+    wish = plan_rewrite(job)
+    if dry_run:
+        show.rewriting(wish.summary, as_json)
+        return
+    show.made(rewrite(wish), as_json)
 
 
 @main.command("list")

@@ -70,6 +70,23 @@ def pipeline_plan(whole: Whole, as_json: bool) -> None:
     click.echo(f"\n{len(whole.kept)} files of the pipeline stay as they are: {whole.output}/")
 
 
+def rewriting(said: dict[str, Any], as_json: bool) -> None:
+    """What --lora-mode branch would make of a file that is there."""
+    if as_json:
+        click.echo(json.dumps(said))
+        return
+    rank, size, modules = said["rank"], said["bytes"], said["modules"]
+    click.echo(
+        f"{said['output']}/: {said['file']}, rank {rank['before']} -> {rank['after']}, "
+        f"{size['before'] / 1e9:.3f} GB -> {size['after'] / 1e9:.3f} GB"
+    )
+    for where in ("branch", "merged", "left out"):
+        for name in modules[where]:
+            click.echo(f"  {where}: {name}")
+    for note in said["notes"]:
+        click.echo(f"note: {note}")
+
+
 def manifest_of(path: Path) -> None:
     """The manifest of an output."""
     from dqconvert.converter import manifest
@@ -112,6 +129,8 @@ def with_progress(work: Callable[[Callable[[Progress], None]], T], quiet: bool) 
                 file=sys.stderr,
             )
         bar = bars[progress.stage]
+        if progress.done < bar.n or progress.total != bar.total:  # the pipeline's next part
+            bar.reset(total=progress.total)
         bar.update(progress.done - bar.n)
 
     try:

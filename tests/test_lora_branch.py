@@ -153,6 +153,19 @@ def test_an_existing_file_gets_the_lora_and_nothing_else(
     assert said["options"]["rank"] == 48
 
 
+def test_a_dry_run_says_what_would_be_written(base: Path, lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = (base, "--lora", lora, "--lora-mode", "branch", "-o", out)
+    said = json.loads(done(*words, "--dry-run", "--json"))
+    assert "rank 16 -> 48" in done(*words, "--dry-run") and not out.exists()
+    assert set(said["modules"]["branch"]) == set(RANKS) and not said["modules"]["left out"]
+    done(*words)
+    (file,) = [p for p in out.rglob("*.safetensors") if p.name == said["file"]]
+    data = sum(tensor.nbytes for tensor in load_file(file).values())
+    assert said["bytes"]["after"] == data
+    refused(tmp_path, *words[:-1], lora.parent, "--overwrite", "--dry-run")
+
+
 def test_verify_and_a_second_lora(base: Path, lora: Path, pipeline: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     branch = ("--lora-mode", "branch", "-o")

@@ -69,8 +69,39 @@ class _Change:
         return self.found.target
 
 
-def rewrite(job: Job) -> Path:
-    """Write a job's file once more with its LoRAs in the branches; returns the folder.
+@dataclass(frozen=True)
+class Rewriting:
+    """A file and its LoRAs, all checked: what will be written where."""
+
+    job: Job
+    output: Path
+    name: str
+    change: _Change
+    infos: Mapping[str, TensorInfo]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What would be done, in numbers and words."""
+        change, source = self.change, self.change.found.source
+        return {
+            "output": str(self.output),
+            "file": self.name,
+            "rank": {"before": change.found.recognized.rank, "after": change.total},
+            "bytes": {
+                "before": sum(info.nbytes for info in source.infos.values()),
+                "after": sum(info.nbytes for info in self.infos.values()),
+            },
+            "modules": {
+                "branch": sorted({m for patch in change.inside for m in patch.home.modules}),
+                "merged": sorted({part for patch in change.beside for part in patch.home.parts}),
+                "left out": {**change.loras.skipped, **change.left},
+            },
+            "notes": list(change.loras.notes),
+        }
+
+
+def plan_rewrite(job: Job) -> Rewriting:
+    """Decide all of it; nothing is written.
 
     Raises PlanError with every module of the LoRAs that has no place in such a file.
     """
@@ -80,7 +111,13 @@ def rewrite(job: Job) -> Path:
     OutputFolder(output, job.overwrite).check()
     check_apart(output, [*found.source.files, *(path for path, _ in job.loras)])
     name = _renamed(found.path.name, found.recognized.rank, change.total)
-    infos = _infos(change)
+    return Rewriting(job, output, name, change, _infos(change))
+
+
+def rewrite(wish: Rewriting) -> Path:
+    """Write a job's file once more with its LoRAs in the branches; returns the folder."""
+    job, output, name, change = wish.job, wish.output, wish.name, wish.change
+    found, infos = change.found, wish.infos
     with OutputFolder(output, job.overwrite) as folder:
         place = folder / found.path.relative_to(found.root).with_name(name)
         try:
