@@ -27,6 +27,9 @@ from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
 WRAPPERS = ("", "transformer.", "diffusion_model.", "model.", "module.", "_orig_mod.", "net.")
 """What training code and runtimes put before all names, beside the families' own prefixes."""
 
+NESTED = 3
+"""How many of them may stand one behind the other."""
+
 OTHERS = (
     "vae.",
     "first_stage_model.",
@@ -36,8 +39,9 @@ OTHERS = (
     "image_encoder.",
     "audio_vae.",
     "vocoder.",
+    "model_ema.",
 )
-"""How the names of other components begin in all-in-one checkpoints."""
+"""How the names of other components, and of copies, begin in all-in-one checkpoints."""
 
 EXTRA_STATE = "._extra_state"
 """How the names end of what Transformer Engine keeps for itself beside the weights."""
@@ -142,10 +146,10 @@ def open_canonical(
     family = by_names(source.infos, config) if found is None or another else None
     if family is not None:
         return _opened(_Reading(source, family, family.sources[0], "", names), path)
-    near = _nearest(readings) if found is None or found.unknown else found
-    if found is not None and (near is None or near.explained <= found.explained):
+    near = _nearest(readings) if found is None or found.unknown else []
+    if found is not None and all(one.explained <= found.explained for one in near):
         return _opened(found, path)
-    raise SourceError(f"{path}: {_difference(near, names)}")
+    raise SourceError(f"{path}: {_difference(near, names)}{_hint(source)}")
 
 
 def is_another(family: Family, config: Mapping[str, Any] | None) -> bool:
@@ -169,21 +173,28 @@ def unknown(source: CanonicalSource) -> list[str]:
 
 def _readings(source: Source, names: Sequence[str]) -> Iterator[_Reading]:
     """Every way to read the names that holds some of a family's signature."""
-    own = (prefix for family in families().values() for prefix in family.prefixes)
-    behind: dict[str, list[str]] = {}
-    for prefix in dict.fromkeys((*own, *WRAPPERS)):
-        held = [name for name in names if name.startswith(prefix)]
-        if held:
-            behind[prefix] = held
+    behind = {prefix: [n for n in names if n.startswith(prefix)] for prefix in _prefixes(names)}
     for family in families().values():
         for prefix, held in behind.items():
             # Encoders spell their own prefixes, by which one is told from another.
-            if prefix not in (*family.prefixes, *(WRAPPERS if family.task else WRAPPERS[:1])):
+            if prefix and prefix not in family.prefixes and not family.task:
                 continue
             for dialect in family.sources:
                 reading = _Reading(source, family, dialect, prefix, held)
                 if reading.likeness():
                     yield reading
+
+
+def _prefixes(names: Sequence[str]) -> list[str]:
+    """What names begin with that may stand before a model's own names, also several in a row."""
+    own = (prefix for family in families().values() for prefix in family.prefixes)
+    words = [word for word in dict.fromkeys((*own, *WRAPPERS)) if word]
+    found, last = [""], [""]
+    for _ in range(NESTED):
+        longer = (prefix + word for prefix in last for word in words)
+        last = [prefix for prefix in longer if any(name.startswith(prefix) for name in names)]
+        found += last
+    return list(dict.fromkeys(found))
 
 
 @cache
@@ -238,27 +249,39 @@ def _uncountable(name: str) -> bool:
     return any(part.isdecimal() and len(part) > 9 for part in name.split("."))
 
 
-def _nearest(readings: Sequence[_Reading]) -> _Reading | None:
-    """The reading that explains the most, of those that are nearly of their families."""
-    near = (one for one in readings if one.likeness() >= NEAR or len(one.lacks) < 2)
-    return max(near, key=lambda one: (one.explained, one.likeness()), default=None)
+def _nearest(readings: Sequence[_Reading]) -> list[_Reading]:
+    """The readings that explain the most, of those that are nearly of their families."""
+    near = [one for one in readings if one.likeness() >= NEAR or len(one.lacks) < 2]
+    most = max((one.explained for one in near), default=0)
+    return [one for one in near if one.explained == most]
 
 
-def _difference(best: _Reading | None, names: Sequence[str]) -> str:
-    """Why no family fits: how the nearest differs, or what there is."""
-    if best is None:
-        known = ", ".join(family.title for family in families().values())
-        return (
-            f"not a diffusion transformer that is known (its tensors: {some(names)}); "
-            f"known families: {known}"
-        )
-    lacks = best.lacks
-    other = [best.origins[name].tensor for name in best.family.foreign if name in best.origins]
-    parts = [f"it lacks {some(lacks)}"] if lacks else []
+def _difference(near: Sequence[_Reading], names: Sequence[str]) -> str:
+    """Why no family fits: how the nearest differ, or what there is."""
+    if near:
+        return "; or ".join({one.family.name: _short_of(one) for one in near}.values())
+    known = ", ".join(family.title for family in families().values())
+    return (
+        f"not a diffusion transformer that is known (its tensors: {some(names)}); "
+        f"known families: {known}"
+    )
+
+
+def _short_of(near: _Reading) -> str:
+    """What a checkpoint has and lacks that makes it none of a family."""
+    other = [near.origins[name].tensor for name in near.family.foreign if name in near.origins]
+    parts = [f"it lacks {some(near.lacks)}"] if near.lacks else []
     parts += [f"it has {some(other)}, which tells another model"] if other else []
-    rest = list(best.unknown.values())
+    rest = list(near.unknown.values())
     parts += [f"{len(rest)} of its tensors are not known there: {some(rest)}"] if rest else []
-    return f"nearly {best.family.title} in {best.dialect} names, but {'; '.join(parts)}"
+    return f"nearly {near.family.title} in {near.dialect} names, but {'; '.join(parts)}"
+
+
+def _hint(source: Source) -> str:
+    """What to do about a file that is quantized, where that may be why it is not known."""
+    if all(info.dtype in FLOAT_DTYPES for info in source.infos.values()):
+        return ""
+    return "; it is quantized: if a config.json came with it, put it beside the file"
 
 
 def some(names: Iterable[str]) -> str:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from dqconvert.converter.dequantized import DequantizedSource
+from dqconvert.converter.detect import some, unknown
+from dqconvert.converter.generic import is_generic
 from dqconvert.converter.opening import open_model
 from dqconvert.converter.reopen import NoFamily, reopen
 from dqconvert.converter.resolve import TRANSFORMER, folder_of, is_folder_of_one, read_json
 from dqconvert.formats.gguf_readers import readers
 from dqconvert.formats.gguf_source import GGUFSource, decoded_types
-from dqconvert.formats.source import open_source
+from dqconvert.formats.source import Source, open_source
 from dqconvert.formats.targets import recognize
 from dqconvert.formats.words import told
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.spec import TensorInfo
+
+BY_NAMES = "no family that is known: linears are told by their names alone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +54,20 @@ def inspect(path: Path) -> Inspection:
             return _quantized(path)
         except NoFamily:  # in names that the runtime does not read
             pass
-    found = open_model(weights, config)
+        except SourceError as error:  # in a way that the runtime does not write
+            return _read(weights, source, config, error)
+    return _read(weights, source, config)
+
+
+def _read(
+    weights: Path, source: Source, config: Mapping[str, Any], error: SourceError | None = None
+) -> Inspection:
+    """A checkpoint as it would be converted; error: why no runtime's layout explains it, which is
+    raised where nothing else does."""
+    try:
+        found = open_model(weights, config)
+    except SourceError as other:
+        raise error or other from None
     facts = {
         "family": found.family.title,
         **_variant(found.family.variant(found.infos, config)),
@@ -66,10 +83,15 @@ def inspect(path: Path) -> Inspection:
     }
     if found.ignored:
         facts["ignored"] = f"{found.ignored} tensors of other components"
-    for number, note in enumerate(found.notes, start=1):
-        facts[f"note {number}"] = note
+    strange = unknown(found)
+    if strange:
+        facts["unknown"] = f"{len(strange)} tensors, kept as they are: {some(strange)}"
+    notes = [*found.notes, *([BY_NAMES] if is_generic(found.family) else [])]
+    notes += [str(error)] if error else []
+    facts |= {f"note {number}": note for number, note in enumerate(notes, start=1)}
     held = dict.fromkeys(at.tensor for at in found.origins.values())
-    types = Counter(source.infos[name].dtype for name in held if name in source.infos)
+    read = [name for name in held if name in source.infos] or source.infos
+    types = Counter(source.infos[name].dtype for name in read)
     return Inspection(facts, dict(types))
 
 
