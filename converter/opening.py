@@ -45,7 +45,19 @@ def open_model(
         known = recognize(source.infos, told(source), config)
     if known is not None:
         return _quantized(path, source, known, config)
-    return open_canonical(_widened(source), path, part, config)
+    try:
+        return open_canonical(_widened(source), path, part, config)
+    except SourceError as error:
+        said = config.get("quantization_config")
+        if not isinstance(said, Mapping):
+            raise
+        raise SourceError(f"{error}; config.json calls it quantized ({_method(said)})") from error
+
+
+def _method(said: Mapping[str, Any]) -> str:
+    """What a quantization_config calls itself, in a few words."""
+    found = (str(said[key]) for key in ("quant_method", "quant_algo", "format") if key in said)
+    return ", ".join(found) or "quantization_config"
 
 
 def _quantized(

@@ -4,7 +4,9 @@
     <layer>.weight    F8_E4M3, F8_E5M2, I8 [N, ...] times a scale of any of these names:
         scale_weight        Kijai, Comfy-Org        [] or [1], or one for each row
         weight_scale        vLLM, LightX2V, NVIDIA  [], [1], [N], [N, 1], or one for each block
+                                                 [N/b, K/c], [N/b, 1, K/c, 1]
         weight_scale_inv    DeepSeek, SGLang        the same, multiplied with despite its name
+    <layer>.pre_quant_scale           modelopt      [K]: what the input is multiplied with before
     scaled_fp8, <layer>.scale_input, input_scale    say nothing of the weights
 
 Rows are read one by one, so that no weight is in memory as a whole. Torch-free until read.
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+SMOOTH, ZERO = "pre_quant_scale", "weight_zero_point"
+"""What else may belong to a weight: factors of its columns, and zeros, which are not read."""
+
 UNREAD = ("scale_input", "input_scale", "scaled_fp8", "comfy_quant")
 """Tensors, or ends of names, that say nothing of the weights."""
 
@@ -52,11 +57,17 @@ class Rescaled:
             for name, info in source.infos.items()
             if info.dtype in (*CODES, "I8") and (scale := _scale(name, source.infos))
         }
+        self._smooth = {
+            name: smooth
+            for name in self._scales
+            if (smooth := _beside(name, SMOOTH)) in source.infos
+            and source.infos[smooth].shape == source.infos[name].shape[1:]
+        }
 
     @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
         """What is read, without the scales."""
-        used = {*self._scales.values()}
+        used = {*self._scales.values(), *self._smooth.values()}
         return {
             name: TensorInfo(self._dtype(name, info), info.shape)
             for name, info in self.source.infos.items()
@@ -114,7 +125,10 @@ class Rescaled:
         if name not in self._scales:
             return tensor
         scale = self.source.read(self._scales[name]).float()
-        return _scaled(tensor, scale, (rows[0] if rows else 0, info.shape))
+        tensor = _scaled(tensor, scale, (rows[0] if rows else 0, info.shape))
+        if name in self._smooth:
+            tensor *= self.source.read(self._smooth[name]).float()
+        return tensor
 
     def fill(self, name: str, out: Tensor, rows: tuple[int, int] | None = None) -> None:
         """The same into a contiguous tensor of its dtype and size; SourceError if bytes lack."""
@@ -134,10 +148,14 @@ def has_bytes(source: Source) -> bool:
     )
 
 
+def _beside(name: str, leaf: str) -> str:
+    return f"{name.rpartition('.')[0]}.{leaf}"
+
+
 def _scale(name: str, infos: Mapping[str, TensorInfo]) -> str:
     """The tensor with the scales of a weight, "" where it has none that fit it."""
     layer, _, leaf = name.rpartition(".")
-    if leaf != "weight":
+    if leaf != "weight" or _beside(name, ZERO) in infos:
         return ""
     shape = infos[name].shape
     names = (f"{layer}.{suffix}" for suffix in SCALES)
@@ -146,7 +164,12 @@ def _scale(name: str, infos: Mapping[str, TensorInfo]) -> str:
 
 
 def _block(scale: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """Rows and columns of a weight that share a scale, None where shapes do not fit."""
+    """Rows and columns of a weight that share a scale, None where shapes do not fit.
+
+    modelopt spreads scales of blocks as [N/b, 1, K/c, 1].
+    """
+    if len(scale) == 4 and scale[1] == scale[3] == 1:
+        scale = scale[::2]
     if scale in ((), (1,)) or all(n == 1 for n in scale):
         return shape[0], -1
     if scale == shape[:1] or (scale[0] == shape[0] and all(n == 1 for n in scale[1:])):
@@ -178,4 +201,5 @@ def _scaled(part: Tensor, scale: Tensor, place: tuple[int, tuple[int, ...]]) -> 
         own = scale.reshape(-1)[start : start + len(part)]
         return part.mul_(own.reshape(-1, *[1] * (part.ndim - 1)))
     index = torch.arange(start, start + len(part)) // rows
+    scale = scale.flatten(1)
     return part.mul_(scale[index].repeat_interleave(columns, dim=1)[:, : part.shape[1]])

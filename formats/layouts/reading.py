@@ -6,7 +6,7 @@ scales, which loaders copy into their own dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from dqconvert.formats.form import PackedForm
@@ -16,6 +16,12 @@ from dqconvert.quantizers.spec import CODES, DTYPE_BITS, TensorInfo
 
 Promise = Callable[[PackedForm], Mapping[str, TensorInfo]]
 Problem = Callable[[PackedForm], str | None]
+
+STATIC = (".input_scale", ".input_global_scale")
+"""How the names of static scales of inputs end."""
+
+ALTERING = ("pre_quant_scale", "weight_zero_point")
+"""What a layer may have beside its codes that says more of the weight."""
 
 LOOSE = frozenset({"F32", "BF16", "F16"})
 
@@ -49,8 +55,27 @@ def read_forms(
             problems.append(f"{name}: {reason}")
             continue
         forms[layer] = form
-        problems += differences(layer, _loosened(layer, promise(form), infos), infos)
+        promised = promise(form)
+        problems += differences(layer, _loosened(layer, promised, infos), infos)
+        problems += [
+            f"{layer}.{suffix}: changes the weight, and has no place in this layout"
+            for suffix in ALTERING
+            if suffix not in promised and f"{layer}.{suffix}" in infos
+        ]
     return forms, problems
+
+
+def spared(
+    forms: Mapping[str, PackedForm], problems: Iterable[str]
+) -> tuple[dict[str, PackedForm], list[str]]:
+    """The forms without static scales of inputs that are missing, and the lines that say so.
+
+    A runtime needs them, but nothing of the weights does.
+    """
+    lines = [line for line in problems if line.partition(": missing")[0].endswith(STATIC)]
+    bare = {line.partition(": missing")[0].rpartition(".")[0] for line in lines}
+    found = {n: replace(f, input_scale=f.input_scale and n not in bare) for n, f in forms.items()}
+    return found, lines
 
 
 def _suffixes(layout: Layout, first: PackedForm) -> tuple[str, str, list[str]]:

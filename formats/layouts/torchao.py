@@ -9,7 +9,8 @@
 
 The metadata has `tensor_names`, a JSON list of every logical tensor of the file (<layer>.weight,
 not its parts), and a JSON object under each of these names: {"_type": "Tensor"} where it is one.
-A weight whose entry has no act_quant_kwargs multiplies in 16 bit.
+A weight whose entry has no act_quant_kwargs multiplies in 16 bit. Files of others may have one
+scale [1, 1] of e4m3, and NVFP4 without a scale of the tensor or with swizzled ones (blocked.py).
 
 Source: torchao/prototype/safetensors (safetensors_support.py, safetensors_utils.py) and the
 attributes of the tensor subclasses.
@@ -18,7 +19,7 @@ attributes of the tensor subclasses.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dqconvert.formats.form import PackedForm
@@ -26,7 +27,7 @@ from dqconvert.formats.layouts import Layout
 from dqconvert.formats.layouts.blocked import BlockScaled
 from dqconvert.formats.layouts.scaled import Scaled
 from dqconvert.quantizers.schemes.blocks import NVFP4
-from dqconvert.quantizers.schemes.plain8 import FP8_BLOCK, FP8_ROW, INT8_ROW
+from dqconvert.quantizers.schemes.plain8 import FP8_BLOCK, FP8_ROW, FP8_TENSOR, INT8_ROW
 from dqconvert.quantizers.spec import QuantSpec, TensorInfo
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     from dqconvert.quantizers.tensors import QuantizedTensor
 
+SECOND = "per_tensor_scale"
 QDATA, SCALE, ZERO = "_weight_qdata", "_weight_scale", "_weight_zero_point"
 
 SPECS = {
@@ -43,6 +45,13 @@ SPECS = {
     ("e2m1", NVFP4.tile): (NVFP4, "NVFP4Tensor"),
 }
 """Format and subclass by code and tile."""
+
+READ = (
+    *SPECS.values(),
+    (FP8_TENSOR, "Float8Tensor"),
+    (replace(NVFP4, tensor_scale=None), "NVFP4Tensor"),
+)
+"""The same of everything that is understood."""
 
 DYNAMIC = (INT8_ROW, FP8_ROW)
 """Formats that can quantize their inputs, in files that the serializer of torchao reads."""
@@ -61,7 +70,7 @@ _MM_CONFIG = {
 NAMES = {
     "Int8Tensor": ["zero_point", "qdata", "scale"],
     "Float8Tensor": ["qdata", "scale"],
-    "NVFP4Tensor": ["per_tensor_scale", "qdata", "scale"],
+    "NVFP4Tensor": [SECOND, "qdata", "scale"],
 }
 """The parts of each subclass."""
 
@@ -91,15 +100,19 @@ ACTIVATIONS: Mapping[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TorchAo:
-    """A Layout, and the entry of a weight in the metadata. dynamic: inputs are quantized too."""
+    """A Layout, and the entry of a weight in the metadata.
+
+    dynamic: inputs are quantized too; swizzled: scales of NVFP4 are, which is read alone.
+    """
 
     dynamic: bool
+    swizzled: bool = False
 
     def problem(self, form: PackedForm) -> str | None:
         """See formats/layouts."""
         if (form.spec.code, form.spec.tile) not in SPECS:
             return f"torchao has no tensor for {form.spec.code} in tiles of {form.spec.tile}"
-        reason = _bytes(form).problem(form)
+        reason = self._bytes(form).problem(form)
         reasons = [] if reason is None else [reason]
         spec, subclass = SPECS[form.spec.code, form.spec.tile]
         if form.spec != spec:
@@ -117,7 +130,7 @@ class TorchAo:
 
     def promise(self, form: PackedForm) -> dict[str, TensorInfo]:
         """See formats/layouts."""
-        infos = _bytes(form).promise(form)
+        infos = self._bytes(form).promise(form)
         if form.spec.code == "int8":
             infos[ZERO] = TensorInfo("I8", (form.shape[0], 1))
         return infos
@@ -126,7 +139,7 @@ class TorchAo:
         """See formats/layouts."""
         import torch
 
-        tensors = _bytes(form).pack(form, q)
+        tensors = self._bytes(form).pack(form, q)
         if form.spec.code == "int8":
             tensors[ZERO] = torch.zeros_like(tensors[SCALE], dtype=torch.int8)
         return tensors
@@ -135,17 +148,17 @@ class TorchAo:
         """See formats/layouts. ValueError on zero points, which symmetric weights have none of."""
         if ZERO in tensors and bool(tensors[ZERO].any()):
             raise ValueError(f"{ZERO}: not zero, but the weight is symmetric")
-        return _bytes(form).unpack(form, tensors)
+        return self._bytes(form).unpack(form, tensors)
 
     def entry(self, form: PackedForm) -> dict[str, Any]:
         """What the metadata says of the weight, in the words of torchao's own serializer."""
-        subclass = SPECS[form.spec.code, form.spec.tile][1]
+        subclass = next(name for spec, name in READ if spec == form.spec)
         dynamic = self.dynamic and not form.full_precision
         tile = list(form.spec.tile_of(form.shape))
         data: dict[str, Any] = {"act_quant_kwargs": ACTIVATIONS[subclass] if dynamic else None}
         if subclass == "NVFP4Tensor":
             data |= {"block_size": tile[1], "orig_dtype": _BFLOAT16}
-            data |= {"is_swizzled_scales": False, "use_triton_kernel": False}
+            data |= {"is_swizzled_scales": self.swizzled, "use_triton_kernel": False}
         else:
             data |= {"block_size": tile, "dtype": _BFLOAT16}
         if subclass == "Int8Tensor":
@@ -153,29 +166,41 @@ class TorchAo:
         if subclass == "Float8Tensor":
             data["kernel_preference"] = _AUTO
             data["mm_config"] = _MM_CONFIG if dynamic else None
-        return {"_type": subclass, "_data": data, "_tensor_data_names": NAMES[subclass]}
+        named = [name for name in NAMES[subclass] if form.spec.tensor_scale or name != SECOND]
+        return {"_type": subclass, "_data": data, "_tensor_data_names": named}
 
-
-def _bytes(form: PackedForm) -> Layout:
-    """The layout without what is torchao's own."""
-    if form.spec.code == "e2m1":
-        return BlockScaled(weight=QDATA, scale=SCALE, tensor_scale="_weight_per_tensor_scale")
-    return Scaled(weight=QDATA, scale=SCALE)
+    def _bytes(self, form: PackedForm) -> Layout:
+        """The layout without what is torchao's own."""
+        if form.spec.code != "e2m1":
+            return Scaled(weight=QDATA, scale=SCALE, one=(1, 1))
+        second = f"_weight_{SECOND}" if form.spec.tensor_scale else ""
+        return BlockScaled(weight=QDATA, scale=SCALE, tensor_scale=second, swizzled=self.swizzled)
 
 
 def read_form(entry: Mapping[str, Any], shape: tuple[int, ...]) -> PackedForm | None:
     """A weight's form, bias aside, from its entry and the shape of its qdata; None if it is none.
 
-    full_precision where its inputs are not quantized.
+    The first that the class has where its entry fits none of them; full_precision where its inputs
+    are not quantized.
     """
-    subclass, data = entry.get("_type"), entry.get("_data")
-    specs: list[QuantSpec] = [spec for spec, name in SPECS.values() if name == subclass]
+    subclass, data, names = (entry.get(key) for key in ("_type", "_data", "_tensor_data_names"))
+    specs: list[QuantSpec] = [spec for spec, name in READ if name == subclass]
     if not specs or len(shape) != 2 or not isinstance(data, Mapping):
         return None
     whole = (shape[0], shape[1] * 8 // specs[0].bits)
-    tiles = ([*spec.tile_of(whole)] for spec in specs)
-    spec = next(
-        (s for s, t in zip(specs, tiles, strict=True) if data.get("block_size") == t), specs[0]
+    block = data.get("block_size")
+    block = [1, block] if isinstance(block, int) else block
+    second = isinstance(names, list) and SECOND in names
+    fitting = (
+        spec
+        for spec in specs
+        if block == [*spec.tile_of(whole)] and second == (spec.tensor_scale is not None)
     )
     plain = data.get("act_quant_kwargs") is None
-    return PackedForm(spec, whole, bias=False, full_precision=plain)
+    return PackedForm(next(fitting, specs[0]), whole, bias=False, full_precision=plain)
+
+
+def is_swizzled(entry: Mapping[str, Any]) -> bool:
+    """Whether the scales lie in cuBLAS' tiles."""
+    data = entry.get("_data")
+    return isinstance(data, Mapping) and data.get("is_swizzled_scales") is True

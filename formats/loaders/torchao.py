@@ -21,10 +21,11 @@ from typing import Any
 from dqconvert.formats.form import FileContext, PackedForm
 from dqconvert.formats.layouts import torchao
 from dqconvert.formats.layouts.torchao import QDATA, TorchAo
-from dqconvert.formats.loaders import TARGET, Loader, checked, section_of, with_bias
+from dqconvert.formats.loaders import TARGET, Loader, section_of, with_bias
 from dqconvert.formats.recognition import (
     Infos,
     contradictions,
+    differences,
     json_object,
     layers_with,
     parsed,
@@ -35,8 +36,13 @@ from dqconvert.quantizers.spec import Scheme
 
 METHOD = "torchao"
 DYNAMIC, WEIGHT_ONLY = "torchao", "torchao-weight-only"
+SWIZZLED = "torchao-swizzled"
+"""Read alone: scales of NVFP4 in cuBLAS' tiles."""
 
 LISTED = "tensor_names"
+
+BYTES = ("block_size", "_tensor_data_names")
+"""What an entry says of the bytes; all else is of the product."""
 
 _PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
 _FP8 = {"_type": "torch.dtype", "_data": "float8_e4m3fn"}
@@ -84,7 +90,7 @@ CONFIGS: Mapping[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
 class TorchAoLoader(Loader):
     """See the module docstring."""
 
-    names = (DYNAMIC, WEIGHT_ONLY)
+    names = (DYNAMIC, WEIGHT_ONLY, SWIZZLED)
 
     def layouts(self, scheme: Scheme) -> tuple[str, ...]:
         """Inputs are quantized like the weights, a scale per row; others stay in 16 bit."""
@@ -93,7 +99,7 @@ class TorchAoLoader(Loader):
         if not known or scheme.steps or scheme.activation is None:
             return ()
         dynamic = weight in torchao.DYNAMIC and scheme.activation == weight
-        return self.names if dynamic else (WEIGHT_ONLY,)
+        return (DYNAMIC, WEIGHT_ONLY) if dynamic else (WEIGHT_ONLY,)
 
     def adapt(self, scheme: Scheme, layout: str) -> Scheme:
         """Weight-only layouts leave the inputs alone."""
@@ -101,7 +107,7 @@ class TorchAoLoader(Loader):
 
     def layout(self, form: PackedForm) -> TorchAo:
         """See Loader."""
-        return TorchAo(dynamic=form.layout == DYNAMIC)
+        return TorchAo(form.layout == DYNAMIC, form.layout == SWIZZLED)
 
     def problem(self, form: PackedForm) -> str | None:
         """A layer whose inputs are not quantized can stand beside others."""
@@ -162,19 +168,33 @@ class TorchAoLoader(Loader):
                 problems.append(f"{layer}.{QDATA}: {what}")
                 continue
             forms[layer] = with_bias(form, layer, infos)
+        loading: list[str] = []
         plain = all(form.full_precision for form in forms.values())
         for layer, form in forms.items():
             dynamic = not plain and form.spec in torchao.DYNAMIC
-            forms[layer] = replace(
+            swizzled = SWIZZLED if torchao.is_swizzled(entries[layer]) else WEIGHT_ONLY
+            forms[layer] = form = replace(
                 form,
-                layout=DYNAMIC if dynamic else WEIGHT_ONLY,
+                layout=DYNAMIC if dynamic else swizzled,
                 full_precision=dynamic and form.full_precision,
             )
-            problems += checked(self, layer, forms[layer], infos)
-            needed = self.layout(forms[layer]).entry(forms[layer])
-            problems += contradictions(f"{layer}.weight: header", entries.get(layer), needed)
+            layout = self.layout(form)
+            found = _reshaped(layer, layout, form, infos)
+            problems += differences(layer, layout.promise(form), found, (torchao.ZERO,))
+            said = contradictions(f"{layer}.weight: header", entries[layer], layout.entry(form))
+            problems += said
+            loading += [line for line in said if not any(word in line for word in BYTES)]
         problems += _listing_problems(infos, metadata, forms)
-        return Recognized(scheme_for(TARGET, forms.values()), 0, forms, tuple(problems))
+        name = scheme_for(TARGET, forms.values())
+        return Recognized(name, 0, forms, tuple(problems), loading=tuple(loading))
+
+
+def _reshaped(layer: str, layout: TorchAo, form: PackedForm, infos: Infos) -> Infos:
+    """The header with swizzled scales in the shape of ours; torchao has another for the same."""
+    name, found = f"{layer}.{torchao.SCALE}", infos.get(f"{layer}.{torchao.SCALE}")
+    need = layout.promise(form)[torchao.SCALE]
+    alike = found is not None and (found.dtype, found.numel) == (need.dtype, need.numel)
+    return {**infos, name: need} if layout.swizzled and alike else infos
 
 
 def _listing_problems(

@@ -31,7 +31,7 @@ from dqconvert.formats.layouts import diffusers_folder as folder
 from dqconvert.formats.layouts.blocked import BlockScaled
 from dqconvert.formats.layouts.kinds import check_uniform, kind_of, refusal
 from dqconvert.formats.layouts.modelopt import modelopt_config
-from dqconvert.formats.layouts.reading import read_forms
+from dqconvert.formats.layouts.reading import read_forms, spared
 from dqconvert.formats.layouts.scaled import Scaled
 from dqconvert.formats.recognition import Infos
 from dqconvert.formats.targets import Recognized
@@ -148,8 +148,15 @@ def recognize(
     forms, problems = read_forms(infos, LAYOUTS[kind], first, promise, problem)
     rule = folder.equal if modelopt else folder.dotted
     entries = said.get("ignore" if modelopt else KEPT, said.get("ignored_layers"))
-    problems += folder.swallowed(entries if isinstance(entries, list) else [], forms, rule)
-    return Recognized(scheme=scheme.name, rank=0, forms=forms, problems=tuple(problems))
+    forms, loading = spared(forms, problems)
+    lost = folder.swallowed(entries if isinstance(entries, list) else [], forms, rule)
+    return Recognized(
+        scheme=scheme.name,
+        rank=0,
+        forms=forms,
+        problems=(*problems, *lost),
+        loading=(*loading, *lost),
+    )
 
 
 def _kind(said: Mapping[str, Any]) -> str | None:

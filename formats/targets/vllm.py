@@ -35,7 +35,7 @@ from dqconvert.formats.layouts.blocked import BlockScaled
 from dqconvert.formats.layouts.grouped import Gptq
 from dqconvert.formats.layouts.kinds import check_uniform, kind_of, refusal
 from dqconvert.formats.layouts.modelopt import modelopt_config
-from dqconvert.formats.layouts.reading import read_forms
+from dqconvert.formats.layouts.reading import read_forms, spared
 from dqconvert.formats.layouts.scaled import Scaled
 from dqconvert.formats.recognition import Infos
 from dqconvert.formats.targets import Recognized
@@ -177,8 +177,11 @@ def recognize(
     kind = kind_of(first.spec)
     name = metadata.get("scheme", "gptq-w4a16") if kind == "w4a16" else kind
     forms, problems = read_forms(infos, _layout(first), first, promise, problem)
-    problems += folder.swallowed(_kept(said), forms, _rule(str(said.get("quant_method"))))
-    return Recognized(scheme=name, rank=0, forms=forms, problems=tuple(problems))
+    forms, loading = spared(forms, problems)
+    lost = folder.swallowed(_kept(said), forms, _rule(str(said.get("quant_method"))))
+    return Recognized(
+        scheme=name, rank=0, forms=forms, problems=(*problems, *lost), loading=(*loading, *lost)
+    )
 
 
 def _shared(said: Mapping[str, Any]) -> bool:
