@@ -124,7 +124,7 @@ def main() -> None:
 @main.command()
 @click.argument("model")
 @click.option("--scheme", metavar="NAME", help="See `dqconvert list schemes`.")
-@click.option("--target", metavar="NAME", help="Runtime; default: the scheme's first.")
+@click.option("--target", metavar="NAME", help="Default: the scheme's first that runs the model.")
 @click.option(
     "--component",
     default="transformer",
@@ -252,7 +252,7 @@ def list_(what: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 @reported
 def inspect(path: Path, as_json: bool) -> None:
-    """Say what a checkpoint is: family, dialect, formats, sizes, problems."""
+    """Say what a checkpoint is: family, variant, dialect, formats, sizes, problems."""
     from dqconvert.converter.inspect import inspect as look
 
     show.inspection(look(path), as_json)
