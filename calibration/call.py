@@ -126,24 +126,23 @@ class Call:
                 " choose a scheme without calibration"
             )
         if lacking:
-            raise self._refused(signature, signature.name)
+            raise self._refused(signature, f"{signature.name} starts from a picture;")
         try:
             return pipe(**options)
         except ValueError as error:  # how pipelines refuse sizes and other options
             said = f"{signature.name}: {error}"
-            raise self._refused(signature, f"{said}; if it", said) from error
+            raise self._refused(signature, f"{said}; if it starts from a picture,", said) from error
         except (AttributeError, TypeError) as error:  # how some find that there is no picture
             if signature.picture is None or self.prompt.image is not None:
                 raise
-            raise self._refused(signature, signature.name) from error
+            raise self._refused(signature, f"{signature.name} starts from a picture;") from error
 
     def _refused(self, signature: Signature, words: str, alone: str = "") -> CalibrationError:
         """The error of a call that may lack a picture; alone: of one that does not."""
         if signature.picture is None or self.prompt.image is not None:
             return CalibrationError(alone)
         return CalibrationError(
-            f"{words} starts from a picture: give each prompt an 'image' in a .jsonl file, also"
-            f" '{self.prompt.prompt}'"
+            f"{words} give each prompt an 'image' in a .jsonl file, also '{self.prompt.prompt}'"
         )
 
     def _options(
@@ -160,6 +159,8 @@ class Call:
             "negative_prompt": self._negative(signature),
             "height": height,
             "width": width,
+            # What is asked for is not to become the nearest of the sizes of training.
+            "use_resolution_binning": False if self.settings.height else None,
             "num_frames": self.settings.frames,
             "max_sequence_length": length,
             signature.guidance(config): self.prompt.guidance,

@@ -135,9 +135,7 @@ def _index(folder: Path) -> _Index:
     try:
         content = json.loads(path.read_bytes())
         components = {
-            name: (value[0], value[1])
-            for name, value in content.items()
-            if isinstance(value, list) and value[0] is not None
+            name: (value[0], value[1]) for name, value in content.items() if _names_a_class(value)
         }
         name = content["_class_name"]
     except (OSError, ValueError, LookupError, AttributeError):
@@ -152,6 +150,11 @@ def _index(folder: Path) -> _Index:
             " upgrade it with: pip install -U diffusers"
         )
     return _Index(folder, pipeline, components)
+
+
+def _names_a_class(value: Any) -> bool:
+    """Whether an entry of the index is a library and a class; options may be lists, too."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
 
 
 def _text_encoders(index: _Index, settings: CalibrationSettings) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def _sites(source: CanonicalSource) -> tuple[Site, ...]:
     """Every distinct input of the model's linears, so that statistics serve all schemes."""
     names: dict[str, None] = {}
     for name in source.infos:
-        found = source.family.linear(name.removesuffix(".weight"))
+        found = source.family.linear(name.removesuffix(".weight"), outside=True)
         if name.endswith(".weight") and found:
             row, index = found
             names[fill(row.site or row.name, index)] = None
