@@ -1,4 +1,4 @@
-"""What ComfyUI reads of a file beside its layers: a config in the header, tensors of no weights."""
+"""ComfyUI's own habits: configs in headers, tensors of no weights, the names in what it saves."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
 
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
@@ -115,3 +116,45 @@ def test_a_file_without_ltx2s_connectors_is_said_not_to_run(
     said = checkpoints.dqconvert(*words)
     assert said.exit_code == 0, said.output
     assert ("does not run" in said.output) is not connected
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2", "chroma"])
+def test_what_comfyui_saves_is_read(name: str) -> None:
+    """Its models have weights where the authors' norms have scales: it renames them as it loads."""
+    tensors = checkpoints.filled(checkpoints.meta_model(KNOWN[name]["CONFIGS"][0]), columns=2)
+    first, _ = checkpoints.write_dialect(families()[name], "original", tensors)
+    saved = {
+        f"{k.removesuffix('.scale')}.weight" if k.endswith(".scale") else k: t
+        for k, t in first.items()
+    }
+    assert saved.keys() != first.keys()
+    found = open_canonical(checkpoints.Memory(saved), Path("memory"))
+    assert (found.family.name, found.dialect) == (name, "saved")
+    norm = "single_transformer_blocks.0.attn.norm_k.weight"
+    assert torch.equal(found.read(norm), tensors[norm])
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "ours"),
+    [
+        (
+            "longcat_image",
+            "time_in.in_layer.weight",
+            "time_embed.timestep_embedder.linear_1.weight",
+        ),
+        (
+            "longcat_image",
+            "single_blocks.1.norm.query_norm.weight",
+            "single_transformer_blocks.1.attn.norm_q.weight",
+        ),
+        ("hunyuan_image", "byt5_in.fc3.weight", "context_embedder_2.linear_3.weight"),
+        ("hunyuan_image", "img_in.proj.weight", "x_embedder.proj.weight"),
+    ],
+)
+def test_names_by_which_comfyui_knows_a_model(name: str, theirs: str, ours: str) -> None:
+    tensors = checkpoints.filled(checkpoints.meta_model(KNOWN[name]["CONFIGS"][0]), columns=2)
+    first, _ = checkpoints.write_dialect(families()[name], "original", tensors)
+    assert torch.equal(first[theirs], tensors[ours])
+    found = open_canonical(checkpoints.Memory(first), Path("memory"))
+    assert (found.family.name, found.dialect) == (name, "original")
+    assert all(torch.equal(found.read(key), tensor) for key, tensor in tensors.items())

@@ -7,6 +7,7 @@ src/flux/model.py, which ComfyUI shares; nunchaku: FluxModel.cpp (version 1 name
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from dqconvert.converter.family import Entry, Family, Fold, Infos, Linear, depth
@@ -127,6 +128,19 @@ ORIGINAL = (
     Entry("final_layer.adaLN_modulation.1.*", ("norm_out.linear.*",), swap=True),
     Entry("final_layer.linear.*", ("proj_out.*",)),
 )
+
+
+def saved(entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """The names in files that ComfyUI of 2026 saves, where scales of norms are weights."""
+    return tuple(
+        replace(entry, theirs=f"{entry.theirs.removesuffix('.scale')}.weight")
+        if entry.theirs.endswith(".scale")
+        else entry
+        for entry in entries
+    )
+
+
+SAVED = saved(ORIGINAL)
 
 _NUNCHAKU = (
     Entry(f"{_DOUBLE}.qkv_proj.*", _qkv(_DOUBLE, _IMAGE)),
@@ -257,7 +271,8 @@ FAMILY = Family(
     optional=("time_text_embed.guidance_embedder",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     linears=LINEARS,
-    dialects={"diffusers": (), "original": ORIGINAL, "nunchaku": _NUNCHAKU},
+    dialects={"diffusers": (), "original": ORIGINAL, "saved": SAVED, "nunchaku": _NUNCHAKU},
+    sources=("original", "saved", "diffusers"),
     layouts={"nunchaku": ("v1",)},
     config_of=_config_of,
     facts=_facts,

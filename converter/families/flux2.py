@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dqconvert.converter.families import flux
 from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
@@ -151,7 +152,13 @@ FAMILY = Family(
     optional=(_GUIDANCE,),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     linears=_LINEARS,
-    dialects={"diffusers": (), "original": _ORIGINAL, "lightx2v": ()},
+    dialects={
+        "diffusers": (),
+        "original": _ORIGINAL,
+        "saved": flux.saved(_ORIGINAL),
+        "lightx2v": (),
+    },
+    sources=("original", "saved", "diffusers"),
     config_of=_config_of,
     facts=_facts,
     policies={

@@ -1,6 +1,7 @@
 """HunyuanImage 2.1 (also distilled), of any width and depth: FLUX.1's blocks behind a refiner.
 
-Names: diffusers/models/transformers/transformer_hunyuanimage.py. ComfyUI's files are not written.
+Names: diffusers/models/transformers/transformer_hunyuanimage.py; original: what ComfyUI reads, as
+HunyuanVideo's (comfy/ldm/hunyuan_video/model.py), with q, k and v stacked.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dqconvert.converter.families import flux
+from dqconvert.converter.families import flux, hunyuan_video
 from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
@@ -44,6 +45,20 @@ _NAMES = (
     ),
     *(f"{_DOUBLE}.attn.norm_{name}.weight" for name in ("q", "k", "added_q", "added_k")),
     *(f"{_SINGLE}.attn.norm_{name}.weight" for name in "qk"),
+)
+
+_POOLED = "time_text_embed.text_embedder.linear_1.weight"
+_ORIGINAL = (
+    *hunyuan_video.SHARED,
+    *hunyuan_video.FUSED,
+    *hunyuan_video.SINGLE,
+    *hunyuan_video.mlp("time_in", f"{_TIME}.timestep_embedder"),
+    *hunyuan_video.mlp("time_r_in", f"{_TIME}.timestep_embedder_r"),
+    *hunyuan_video.mlp("guidance_in", f"{_TIME}.guidance_embedder"),
+    Entry("byt5_in.layernorm.*", (f"{_GLYPHS}.norm.*",)),
+    *(Entry(f"byt5_in.fc{i}.*", (f"{_GLYPHS}.linear_{i}.*",)) for i in (1, 2, 3)),
+    # HunyuanVideo is read as far, so that it is not taken for HunyuanImage.
+    Entry("vector_in.in_layer.weight", (_POOLED,)),
 )
 
 
@@ -97,11 +112,15 @@ FAMILY = Family(
         "single_transformer_blocks.0.proj_mlp.weight",
     ),
     hidden="x_embedder.proj.weight",
-    optional=(f"{_TIME}.timestep_embedder_r", f"{_TIME}.guidance_embedder", _GLYPHS),
+    foreign=(_POOLED,),
+    optional=(f"{_TIME}.timestep_embedder_r", f"{_TIME}.guidance_embedder", _GLYPHS, _POOLED),
     blocks=("transformer_blocks", "single_transformer_blocks", _REFINERS),
     linears=flux.LINEARS,
-    dialects={"diffusers": tuple(Entry(name, (name,)) for name in _NAMES)},
-    sources=("diffusers",),
+    dialects={
+        "diffusers": tuple(Entry(name, (name,)) for name in _NAMES),
+        "original": _ORIGINAL,
+    },
+    sources=("diffusers", "original"),
     config_of=_config_of,
     assumed=("rope_theta", "rope_axes_dim"),
     facts=_facts,

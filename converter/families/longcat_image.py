@@ -1,6 +1,8 @@
 """LongCat-Image (also Edit), of any width and depth: FLUX.1's blocks, without a pooled embedding.
 
-Names: diffusers/models/transformers/transformer_longcat_image.py, which LightX2V shares.
+Names: diffusers/models/transformers/transformer_longcat_image.py, which LightX2V shares; original:
+those of FLUX.1, by which ComfyUI knows it (LongCatImage in comfy/supported_models.py), with the
+scales of norms as weights.
 """
 
 from __future__ import annotations
@@ -28,6 +30,15 @@ _NORMS = (
 _NAMES = (
     *(f"{linear.name}.*" for linear in (*_AROUND, *flux.LINEARS)),
     *(f"{name}.weight" for name in _NORMS),
+)
+
+_POOLED = "time_text_embed.text_embedder.linear_1.weight"
+_ORIGINAL = (
+    Entry("time_in.in_layer.*", (f"{_TIME}.linear_1.*",)),
+    Entry("time_in.out_layer.*", (f"{_TIME}.linear_2.*",)),
+    *(one for one in flux.SAVED if not one.ours[0].startswith("time_text_embed.")),
+    # FLUX.1 is read as far, so that it is not taken for LongCat-Image.
+    Entry("vector_in.in_layer.weight", (_POOLED,)),
 )
 
 
@@ -71,11 +82,17 @@ FAMILY = Family(
         "single_transformer_blocks.0.norm.linear.weight",
         "single_transformer_blocks.0.proj_mlp.weight",
     ),
+    foreign=(_POOLED,),
     hidden="x_embedder.weight",
+    optional=(_POOLED,),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     linears=(*flux.LINEARS, *_AROUND),
-    dialects={"diffusers": tuple(Entry(name, (name,)) for name in _NAMES), "lightx2v": ()},
-    sources=("diffusers",),
+    dialects={
+        "diffusers": tuple(Entry(name, (name,)) for name in _NAMES),
+        "original": _ORIGINAL,
+        "lightx2v": (),
+    },
+    sources=("diffusers", "original"),
     assumed=("pooled_projection_dim",),
     config_of=_config_of,
     facts=_facts,
