@@ -58,23 +58,21 @@ NAMED = 4
 
 @dataclass(frozen=True)
 class _Reading:
-    """A checkpoint read as one family in one dialect, behind one prefix."""
+    """A checkpoint read as one family in one dialect, behind one prefix.
+
+    short: the names in the file by those without the prefix.
+    """
 
     source: Source
     family: Family
     dialect: str
     prefix: str
-    names: Sequence[str]
-
-    @cached_property
-    def short(self) -> Mapping[str, str]:
-        """The names in the file by those without the prefix."""
-        return {name.removeprefix(self.prefix): name for name in self.names}
+    short: Mapping[str, str]
 
     def likeness(self) -> float:
         """The share of the family's signature that the names hold."""
         found = _witnesses(self.family, self.dialect)
-        return sum(not one.isdisjoint(self.short) for one in found) / len(found)
+        return sum(any(name in self.short for name in one) for one in found) / len(found)
 
     @cached_property
     def origins(self) -> Mapping[str, Origin]:
@@ -91,7 +89,7 @@ class _Reading:
     def lacks(self) -> list[str]:
         """Tensors of the signature that are not there, by the first of their names."""
         needed = _witnesses(self.family, self.dialect)
-        return [min(theirs) for theirs in needed if theirs.isdisjoint(self.short)]
+        return [min(theirs) for theirs in needed if theirs.isdisjoint(self.short.keys())]
 
     @property
     def fits(self) -> bool:
@@ -145,8 +143,11 @@ def open_canonical(
     another = found and found.dialect == DIFFUSERS and is_another(found.family, config)
     family = by_names(source.infos, config) if found is None or another else None
     if family is not None:
-        return _opened(_Reading(source, family, family.sources[0], "", names), path)
-    near = _nearest(readings) if found is None or found.unknown else []
+        return _opened(
+            _Reading(source, family, family.sources[0], "", {name: name for name in names}), path
+        )
+    others = [one for one in readings if not one.fits]
+    near = _nearest(others) if found is None or found.unknown else []
     if found is not None and all(one.explained <= found.explained for one in near):
         return _opened(found, path)
     raise SourceError(f"{path}: {_difference(near, names)}{_hint(source)}")
@@ -173,7 +174,10 @@ def unknown(source: CanonicalSource) -> list[str]:
 
 def _readings(source: Source, names: Sequence[str]) -> Iterator[_Reading]:
     """Every way to read the names that holds some of a family's signature."""
-    behind = {prefix: [n for n in names if n.startswith(prefix)] for prefix in _prefixes(names)}
+    behind = {
+        prefix: {n.removeprefix(prefix): n for n in names if n.startswith(prefix)}
+        for prefix in _prefixes(names)
+    }
     for family in families().values():
         for prefix, held in behind.items():
             # Encoders spell their own prefixes, by which one is told from another.
