@@ -29,6 +29,7 @@ from dqconvert.converter.statistics import (
     foreign_config,
     plan_calibration,
 )
+from dqconvert.converter.vocabulary import names_of, with_vocabulary
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.targets import Target, gguf, target
 from dqconvert.quantizers.errors import OutputError, PlanError
@@ -199,8 +200,9 @@ def prepare(job: Job) -> Prepared:
     _check_words(job, chosen)
     lora.check(job, chosen)
     model = resolve(job.model, whole=job.calib is not None, component=job.component)
-    source = lora.merged(job, open_model(model.path, model.config, model.part))
-    goal = _goal(job, chosen, source)
+    base = open_model(model.path, model.config, model.part)
+    goal = _goal(job, chosen, base)
+    source = lora.merged(job, with_vocabulary(base, model.path, goal))
     _check_device(job, goal)
     model = _credited(model, source.source.metadata)
     tokens = _tokenizer(model, source, goal)
@@ -252,7 +254,7 @@ def _notes_of_vocabulary(source: CanonicalSource, goal: Target) -> Iterator[str]
     if name and goal.NAME == "comfyui" and name not in source.infos:
         yield (
             f"ComfyUI makes this encoder's tokenizer of a tensor called {name} in the file, which "
-            "the source lacks; convert the 16-bit file that was made for ComfyUI"
+            f"the source lacks; put its {names_of(name)} beside the encoder"
         )
 
 

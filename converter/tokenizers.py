@@ -46,18 +46,23 @@ class Unigram:
     unknown: int | None
 
 
-def folder_beside(weights: Path) -> Path | None:
-    """The tokenizer's folder of a text encoder's file or folder, or None.
+def places_beside(weights: Path) -> tuple[Path, ...]:
+    """Where the tokenizer of a text encoder's file or folder may be.
 
     text_encoder_2 has tokenizer_2 in a pipeline; Wan's first releases have google/umt5-xxl.
     """
     folder = weights if weights.is_dir() else weights.parent
-    places = (
+    return (
         folder,
         folder.parent / folder.name.replace("text_encoder", "tokenizer"),
         folder / "tokenizer",
         folder / "google" / "umt5-xxl",
     )
+
+
+def folder_beside(weights: Path) -> Path | None:
+    """The folder of those that has a Unigram tokenizer, or None."""
+    places = places_beside(weights)
     return next((p for p in places if (p / FAST).exists() or (p / SLOW).exists()), None)
 
 

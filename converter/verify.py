@@ -28,6 +28,7 @@ from dqconvert.converter.precondition import PreconditionedSource, Preconditione
 from dqconvert.converter.reopen import PackedLayer, Reopened, reopen
 from dqconvert.converter.resolve import resolve
 from dqconvert.converter.statistics import cache, config_of, foreign_config
+from dqconvert.converter.vocabulary import with_vocabulary
 from dqconvert.converter.work import Stats
 from dqconvert.converter.written import options_of, scheme_of
 from dqconvert.formats import recognition
@@ -120,6 +121,8 @@ def _check_kept(found: Reopened, name: str, reference: _Reference | None) -> lis
     """What is wrong with an unquantized tensor."""
     theirs = found.kept[name][0]
     info = found.source.infos[theirs]
+    if name == found.family.vocabulary and info.dtype == "U8":
+        return reference.kept(name, found.source.read(theirs)) if reference else []
     known = info.dtype in FLOAT_DTYPES or info.dtype in BLOCKS
     if not known and (not info.dtype.startswith("F8") or len(info.shape) > 2):
         return [f"{theirs}: is {recognition.describe(info)}, and nothing says what that stands for"]
@@ -138,9 +141,9 @@ class _Reference:
     def __init__(self, found: Reopened, scheme_name: str, model_name: str) -> None:
         self._found = found
         model = resolve(model_name, component=found.manifest.component)
-        self.source: CanonicalSource = again(
-            open_model(model.path, model.config, model.part), found.manifest, found.path
-        )
+        base = open_model(model.path, model.config, model.part)
+        whole = with_vocabulary(base, model.path, found.target)
+        self.source: CanonicalSource = again(whole, found.manifest, found.path)
         identity = (model.name, config_of(model, self.source))
         config = foreign_config(model, self.source, found.target)
         options = replace(options_of(found, scheme_name), config=config)

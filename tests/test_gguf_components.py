@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from dqconvert.converter.families import families
@@ -31,7 +31,7 @@ def pipeline(folder: Path, *encoders: str) -> Path:
     """A pipeline's folder with these families' tensors as its text encoder."""
     tensors = {}
     for name in encoders:
-        model = checkpoints.filled(checkpoints.meta_model(configs.CONFIGS[name][0]))
+        model = checkpoints.filled(checkpoints.meta_model(checkpoints.CONFIGS[name][0]))
         found, _ = checkpoints.write_dialect(families()[name], "transformers", model)
         tensors |= {key: tensor.contiguous() * 0.05 for key, tensor in found.items()}
     (folder / "text_encoder").mkdir(parents=True)
@@ -115,3 +115,29 @@ def test_a_part_that_is_no_model_is_refused(tmp_path: Path, part: str) -> None:
     words = ("--component", f"text_encoder.{part}", *WORDS, "--output", tmp_path / "out")
     said = checkpoints.refused(tmp_path, "convert", source, *words)
     assert PARTS[part] in said
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "file"),
+    [("umt5", "spiece_model", "spiece.model"), ("gemma3", "spiece_model", "tokenizer.model"),
+     ("mistral3", "tekken_model", "tekken.json")],
+)  # fmt: skip
+def test_comfyuis_file_takes_the_tokenizer_of_the_folder_beside(
+    family: str, tensor: str, file: str, tmp_path: Path
+) -> None:
+    """ComfyUI reads the file's bytes from a tensor of uint8 (text_encoders/spiece_tokenizer.py)."""
+    source, out = pipeline(tmp_path / "pipe", family), tmp_path / "out"
+    words = (source, "--component", "text_encoder", "--scheme", "fp8-tensor", "--target", "comfyui")
+    without = checkpoints.done("convert", *words, "--output", tmp_path / "without")
+    assert f"a tensor called {tensor}" in without and file in without
+    (source / "tokenizer").mkdir()
+    data = bytes(range(256)) * 3
+    (source / "tokenizer" / file).write_bytes(data)
+    said = checkpoints.done("convert", *words, "--output", out)
+    assert f"a tensor called {tensor}" not in said
+    (path,) = out.glob("*.safetensors")
+    found = load_file(path)[tensor]
+    assert found.dtype == torch.uint8 and found.numpy().tobytes() == data
+    assert "is sound" in checkpoints.done("verify", out, "--against", source)
+    again = checkpoints.done("convert", path, *words[3:], "--output", tmp_path / "again")
+    assert f"a tensor called {tensor}" not in again
