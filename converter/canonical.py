@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from dqconvert.converter.family import (
@@ -18,7 +19,7 @@ from dqconvert.converter.family import (
     depth,
     fill,
     leaves,
-    match,
+    patterns,
     viewed,
 )
 from dqconvert.formats.source import Source, kept_dtypes, notes_of
@@ -209,17 +210,16 @@ def entries_of(
     exist decide whether an entry for `.*` has a bias. outside: linears outside the blocks are
     modules as well.
     """
-    table = family.dialects[dialect]
+    table: dict[str, list[tuple[int, Entry]]] = {}
+    for place, entry in enumerate(family.dialects[dialect]):
+        for ours in entry.ours:
+            table.setdefault(ours, []).append((place, entry))
     found: dict[str, tuple[Entry, str]] = {}
     for name in sorted(infos, key=lambda name: (_place(family, name), name)):
         module = name.rpartition(".")[0]
-        rows = [
-            (entry, index)
-            for entry in table
-            for ours in entry.ours
-            if (index := match(ours.removesuffix(".*"), module if ours.endswith(".*") else name))
-            is not None
-        ]
+        ways = [*patterns(name), *((f"{one}.*", index) for one, index in patterns(module))]
+        held = [(*row, index) for way, index in ways for row in table.get(way, ())]
+        rows = [(entry, index) for _, entry, index in sorted(held, key=itemgetter(0))]
         if not rows:
             linear = family.linear(module, outside)
             own = Entry(f"{module}.*", (f"{module}.*",)) if linear else Entry(name, (name,))
