@@ -155,9 +155,12 @@ class Reopened:
     def likeness(self) -> float:
         """The share of the family's signature that the file holds, less what is another's."""
         table = self.table
-        rows = [_row(table, name) for name in self.recognized.forms]
+        rows = [(*_row(table, name), form) for name, form in self.recognized.forms.items()]
         names = self.kept.keys() | {
-            fill(ours, index).replace("*", "weight") for entry, index in rows for ours in entry.ours
+            fill(ours, index).replace("*", leaf)
+            for entry, index, form in rows
+            for ours in entry.ours
+            for leaf in ("weight", *(("bias",) if form.bias else ()))
         }
         found = [name in names for name in self.family.signature]
         return sum(found) / len(found) - 0.01 * any(name in names for name in self.family.foreign)
