@@ -223,3 +223,45 @@ def test_an_unknown_tensor_is_kept_and_noted(name: str, tmp_path: Path) -> None:
     said = checkpoints.done(path, "--scheme", "fp8-tensor", "--target", "comfyui", "--dry-run")
     assert "kept as they are: my.own_table" in said
     assert families()[name].title in checkpoints.done("inspect", path)
+
+
+@pytest.mark.parametrize("prefix", ["module.model.", "model._orig_mod.", "net._orig_mod.module."])
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_prefixes_may_stand_one_behind_the_other(name: str, prefix: str) -> None:
+    family = families()[name]
+    theirs, _ = checkpoints.write_dialect(family, "original", META[name, 0])
+    copies = {f"model_ema.{k}": t for k, t in theirs.items()}
+    tensors = {prefix + k: t for k, t in (theirs | copies).items()}
+    found = open_canonical(checkpoints.Memory(tensors), PATH)
+    assert found.family is family and found.infos.keys() == META[name, 0].keys()
+    assert found.ignored == len(copies)
+
+
+def test_inspect_says_the_variant(tmp_path: Path) -> None:
+    path = checkpoints.sparse(tmp_path / "m.safetensors", infos_of("wan"))
+    said = json.loads(checkpoints.done("inspect", path, "--json"))["facts"]
+    assert (said["family"], said["variant"], said["dialect"]) == ("Wan", "t2v", "diffusers")
+
+
+def test_a_repository_without_a_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    text = checkpoints.dqconvert("some-one/original", "--scheme", "int8", "--dry-run").stderr
+    assert "has no folder called transformer or unet" in text and "give its path" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "title"),
+    [
+        ("PixArtTransformer2DModel", "PixArt"),
+        ("Transformer2DModel", "PixArt"),
+        ("AllegroTransformer3DModel", "AllegroTransformer3DModel"),
+    ],
+)
+def test_the_class_tells_models_with_equal_names_apart(said: str, title: str) -> None:
+    source = checkpoints.Memory(META["pixart", 0])
+    assert open_canonical(source, PATH, config={"_class_name": said}).family.title == title
