@@ -44,13 +44,15 @@ def convert(
     _check_device(prepared.job.device)
     from dqconvert.converter import importance, manifest, precondition
     from dqconvert.converter.refine import advised, refine
-    from dqconvert.converter.statistics import statistics
+    from dqconvert.converter.statistics import statistics, unseen
 
     start = time.perf_counter()
     stats: Stats = {}
     with OutputFolder(prepared.output, prepared.job.overwrite) as folder:
         if prepared.calibration is not None:
             stats = statistics(prepared.calibration, prepared.model, prepared.observed, listen)
+            found = (*prepared.found, *unseen(prepared.plan, stats))
+            prepared = replace(prepared, found=found)
         elif prepared.job.imatrix is not None:
             stats, unknown = importance.read(prepared.job.imatrix, prepared.plan)
             prepared = replace(prepared, found=(*prepared.found, *_unknown(unknown)))

@@ -80,8 +80,8 @@ def precondition_of(outcomes: Sequence[Outcome]) -> Precondition | None:
 
 def judge(place: Place, work: Recipe, mode: str) -> Outcome:
     """Try all candidates of one place."""
-    site = work.stats[site_of(place.name, work.source.family)]
-    if not len(site.rows):
+    site = work.stats.get(site_of(place.name, work.source.family))
+    if site is None or not len(site.rows):
         return Outcome(place, None, 0.0, 0.0)
     readers = [_Reader(layer, place, work) for layer in readers_of(place, work)]
     makers = _Makers(place, work)

@@ -98,7 +98,9 @@ def _error(problem: LinearProblem, layer: LayerPlan, scheme: Scheme, plan: Plan)
 
     Energy with the mean: a layer whose outputs are mostly constant disturbs what follows less.
     """
-    assert layer.form is not None and problem.stats is not None
+    assert layer.form is not None
+    if problem.stats is None or not len(problem.stats.rows):
+        return 0.0  # the prompts never ran it
     form = replace(layer.form, spec=scheme.weight)
     scheme = replace(scheme, activation=plan.target.activation(form, scheme))
     (q,) = recipe.quantize_group([problem], scheme, RecipeOptions(rounding="rtn"))

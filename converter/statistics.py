@@ -21,6 +21,7 @@ from dqconvert.converter.job import Job, Progress
 from dqconvert.converter.lora.apply import merged
 from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.converter.opening import open_model
+from dqconvert.converter.plan import Plan
 from dqconvert.converter.resolve import INDEX, TRANSFORMER, UNET, Model, read_json, resolve
 from dqconvert.formats.targets import Target
 from dqconvert.quantizers.errors import CalibrationError, OutputError, SourceError
@@ -140,6 +141,23 @@ def statistics(
         _writable(calibration.path)
         _run(calibration, model, source, listen)
     return store.LazyStats(calibration.path, calibration.key)
+
+
+def unseen(plan: Plan, stats: Mapping[str, LayerStats]) -> tuple[str, ...]:
+    """A note on the layers that the prompts never ran, such as experts that no token was sent to.
+
+    They are quantized as without calibration; CalibrationError where that cannot be.
+    """
+    layers = [one for one in plan.layers if one.form and one.site not in stats]
+    if not layers:
+        return ()
+    which = f"{len(layers)} layers never ran on these prompts, {layers[0].name} first"
+    if any(one.form.input_scale for one in layers if one.form):
+        raise CalibrationError(
+            f"{which}, and {plan.scheme.name} for {plan.target.NAME} needs the range of their"
+            " inputs; give more prompts or --calib-steps"
+        )
+    return (f"{which}: they are quantized as without calibration; more prompts may run them",)
 
 
 def calibrate(job: Job, listen: Callable[[Progress], None], imatrix: Path | None = None) -> Path:
