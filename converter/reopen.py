@@ -155,13 +155,11 @@ class Reopened:
     def likeness(self) -> float:
         """The share of the family's signature that the file holds, less what is another's."""
         table = self.table
-        rows = [(*_row(table, name), form) for name, form in self.recognized.forms.items()]
-        names = self.kept.keys() | {
-            fill(ours, index).replace("*", leaf)
-            for entry, index, form in rows
-            for ours in entry.ours
-            for leaf in ("weight", *(("bias",) if form.bias else ()))
-        }
+        names = set(self.kept)
+        for name, form in self.recognized.forms.items():
+            entry, index = _row(table, name)
+            held = ("weight", "bias") if form.bias else ("weight",)
+            names |= {fill(o, index).replace("*", leaf) for o in entry.ours for leaf in held}
         found = [name in names for name in self.family.signature]
         return sum(found) / len(found) - 0.01 * any(name in names for name in self.family.foreign)
 
@@ -327,16 +325,13 @@ def reopen(path: Path) -> Reopened:
     best = _nearest(known_families)
     if best.likeness() <= 0.5 or (best.dialect == DIFFUSERS and is_another(best.family, config)):
         best = _by_names(known[0][0], *known[0][1], config) or best
-    if best.likeness() <= 0.5:
+    if best.likeness() <= 0.5 or not best.layers:
         raise NoFamily(f"{path}: a {target.NAME} file of no known family")
-    if best.layers and best.family.hidden in best.names():
-        return best
-    if best.layers:
-        table = best.table
-        rows = [leaf for entry in table for leaf in leaves(entry)]
+    if best.family.hidden not in best.names():
+        rows = [leaf for entry in best.table for leaf in leaves(entry)]
         theirs = [row.theirs for row in rows if row.ours == (best.family.hidden,)]
         raise SourceError(f"{path}: {(*theirs, best.family.hidden)[0]}: missing from the file")
-    raise NoFamily(f"{path}: a {target.NAME} file of no known family")
+    return best
 
 
 def _by_names(
