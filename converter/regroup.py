@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from dqconvert.converter.canonical import CanonicalSource
@@ -54,11 +55,17 @@ class PackedSource(CanonicalSource):
         """The logical result of a layer of another layout. ValueError where there is none."""
         from dqconvert.quantizers import slicing
 
-        q = slicing.join_rows([self.linear(module) for module in planned.modules])
-        if planned.columns is not None:
-            bias = q.bias if planned.carries_bias else None
-            q = replace(slicing.columns(q, *planned.columns), bias=bias)
-        return q
+        if planned.columns is None:
+            return slicing.join_rows([self.linear(module) for module in planned.modules])
+        (module,) = planned.modules
+        parts = self._parts(module)
+        ends = [*accumulate(part.codes.shape[1] for part in parts)]
+        cuts = list(zip([0, *ends], ends, strict=False))
+        if planned.columns in cuts:  # as it is in the file: nothing is joined that is cut again
+            q = parts[cuts.index(planned.columns)]
+        else:
+            q = slicing.columns(slicing.join_columns(parts), *planned.columns)
+        return replace(q, bias=slicing.summed_bias(parts) if planned.carries_bias else None)
 
     def linear(self, module: str) -> QuantizedTensor:
         """A canonical linear behind an input without shift, from all layers that hold parts."""

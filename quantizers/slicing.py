@@ -103,10 +103,6 @@ def join_columns(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     if tile == ALL and any(not _equal(part.scale, first.scale) for part in parts):
         raise ValueError("they have different scales, and rows of the whole have one each")
     smooths = _under_one_scale(parts)
-    biases = [part.bias for part in parts if part.bias is not None and bool(part.bias.any())]
-    bias = next((part.bias for part in parts if part.bias is not None), None)
-    if biases:
-        bias = biases[0] if len(biases) == 1 else torch.stack([b.float() for b in biases]).sum(0)
     scales = first.scale if tile == ALL else torch.cat([part.scale for part in parts], 1)
     zeros = [_given(part.zero) for part in parts if first.zero is not None]
     return replace(
@@ -114,10 +110,19 @@ def join_columns(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         codes=torch.cat([part.codes for part in parts], 1),
         scale=scales,
         zero=torch.cat(zeros, 1) if zeros else None,
-        bias=bias,
+        bias=summed_bias(parts),
         smooth=None if smooths is None else torch.cat(smooths),
         lowrank=_summed_branches([part.lowrank for part in parts]),
     )
+
+
+def summed_bias(parts: Sequence[QuantizedTensor]) -> Tensor | None:
+    """The bias [N] of parts that read an input in turn: as it is where only one is not zero."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    alive = [bias for bias in biases if bool(bias.any())]
+    if len(alive) < 2:
+        return next(iter([*alive, *biases]), None)
+    return torch.stack([bias.float() for bias in alive]).sum(0)
 
 
 def shifted(q: QuantizedTensor, shift: float) -> QuantizedTensor:

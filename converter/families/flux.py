@@ -1,7 +1,8 @@
 """FLUX.1 (dev, schnell, Krea, Kontext, Fill, Canny, Depth), of any width and depth.
 
 Names: diffusers/models/transformers/transformer_flux.py; original: black-forest-labs/flux
-src/flux/model.py, which ComfyUI shares; nunchaku: FluxModel.cpp (version 1 names).
+src/flux/model.py, which ComfyUI shares; nunchaku: FluxModel.cpp (version 1 names) and
+nunchaku/models/transformers/transformer_flux_v2.py (what its Python class calls them).
 """
 
 from __future__ import annotations
@@ -163,6 +164,15 @@ _NUNCHAKU = (
     Entry(f"{_SINGLE}.mlp_fc2.*", (f"{_SINGLE}.proj_out.*",), columns=("hidden", None)),
 )
 
+_NUNCHAKU_V2 = (
+    Entry(f"{_DOUBLE}.attn.to_qkv.*", _qkv(_DOUBLE, _IMAGE)),
+    Entry(f"{_DOUBLE}.attn.add_qkv_proj.*", _qkv(_DOUBLE, _TEXT)),
+    Entry(f"{_SINGLE}.attn.to_qkv.*", _qkv(_SINGLE, _IMAGE)),
+    Entry(f"{_SINGLE}.attn.to_out.*", (f"{_SINGLE}.proj_out.*",), columns=(0, "hidden")),
+    Entry(f"{_SINGLE}.mlp_fc1.*", (f"{_SINGLE}.proj_mlp.*",)),
+    Entry(f"{_SINGLE}.mlp_fc2.*", (f"{_SINGLE}.proj_out.*",), columns=("hidden", None)),
+)
+
 
 def _config_of(infos: Infos) -> dict[str, Any]:
     """The FluxTransformer2DModel config that the shapes imply."""
@@ -189,6 +199,8 @@ def _config_of(infos: Infos) -> dict[str, Any]:
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """nunchaku's class name and the model that ComfyUI-nunchaku builds around it."""
     _check(config)
+    if dialect == "nunchaku-v2-flux":
+        return {"model_class": "NunchakuFluxTransformer2DModelV2"}
     if dialect != "nunchaku":
         return {}
     guidance = bool(config["guidance_embeds"])
@@ -271,9 +283,15 @@ FAMILY = Family(
     optional=("time_text_embed.guidance_embedder",),
     blocks=("transformer_blocks", "single_transformer_blocks"),
     linears=LINEARS,
-    dialects={"diffusers": (), "original": ORIGINAL, "saved": SAVED, "nunchaku": _NUNCHAKU},
+    dialects={
+        "diffusers": (),
+        "original": ORIGINAL,
+        "saved": SAVED,
+        "nunchaku": _NUNCHAKU,
+        "nunchaku-v2-flux": _NUNCHAKU_V2,
+    },
     sources=("original", "saved", "diffusers"),
-    layouts={"nunchaku": ("v1",)},
+    layouts={"nunchaku": ("v1", "v2-flux")},
     config_of=_config_of,
     facts=_facts,
     policies={

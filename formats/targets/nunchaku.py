@@ -9,6 +9,7 @@
 v1 is FLUX.1's, which the C++ backend and ComfyUI read and the Python classes of version 2 rename
 on load; there layers without a bias hold zeros. v2 is what the Python classes call their
 parameters. The UNet's class renames v1's words, also inside those of v2, and knows no wtscale.
+v2-flux is v2 with the biases of v1: its class cuts a linear in two, and gives both one.
 skip-refiners is v2 with Z-Image's refiners in 16 bit. The file's name carries precision and rank,
 and sglang takes them from there.
 
@@ -67,8 +68,15 @@ _V2 = svdq.Layout(
     scales=svdq.NEED,
     modulation=True,
 )
-V1, V2, UNET, SKIP = "v1", "v2", "unet", "skip-refiners"
-LAYOUTS = {V1: LAYOUT, V2: _V2, UNET: replace(LAYOUT, bias=False, scales=svdq.CHANNEL), SKIP: _V2}
+V1, V2, UNET, SKIP, V2_FLUX = "v1", "v2", "unet", "skip-refiners", "v2-flux"
+LAYOUTS = {
+    V1: LAYOUT,
+    V2: _V2,
+    UNET: replace(LAYOUT, bias=False, scales=svdq.CHANNEL),
+    SKIP: _V2,
+    V2_FLUX: replace(_V2, bias=True),
+}
+_FLUX_BLOCKS = "single_transformer_blocks."
 _UNET_BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
 
@@ -167,6 +175,8 @@ def _layout_of(infos: Infos, layers: Sequence[str], said: Mapping[str, Any]) -> 
     method = said.get("method") == "svdquant"
     own = any(f"{layer}.smooth_factor_orig" in infos for layer in layers)
     if own or (method and any(f"{layer}.proj_down" in infos for layer in layers)):
+        if any(layer.startswith(_FLUX_BLOCKS) for layer in layers):
+            return V2_FLUX
         return SKIP if said.get("skip_refiners") is True else V2
     return V1 if method else None
 
