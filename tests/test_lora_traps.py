@@ -16,7 +16,7 @@ from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.lora.files import LoraSpec, opened
 from dqconvert.converter.lora.match import Loras, read
 from dqconvert.converter.lora.merged import MergedSource
-from dqconvert.quantizers.errors import PlanError
+from dqconvert.quantizers.errors import PlanError, SourceError
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
@@ -86,3 +86,65 @@ def test_numbers_that_are_none_are_the_loras_fault(pipeline: Path, tmp_path: Pat
     words = ("--scheme", "int8", "--target", "comfyui", "-q", "--lora", name)
     said = refused(tmp_path, pipeline, *words, "-o", tmp_path / "out")
     assert up in said and "bad.safetensors" in said, said
+
+
+def pair(module: str, columns: int = WIDTH, rank: int = 2) -> dict[str, Tensor]:
+    return {
+        f"{module}.lora_A.weight": torch.ones(rank, columns),
+        f"{module}.lora_B.weight": torch.ones(WIDTH, rank),
+    }
+
+
+QUERY = "transformer.transformer_blocks.0.attn.to_q"
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(0)}, "alpha is [0] and no number"),
+        (pair(QUERY) | {f"{QUERY}.alpha": torch.ones(2)}, "alpha is [2] and no number"),
+        (pair(QUERY, rank=0), "its rank is 0"),
+        (pair(QUERY) | pair(QUERY.replace("transformer.", "diffusion_model.", 1)), "says again"),
+        (pair("img_in", 128) | pair(QUERY), "as control LoRAs do"),
+        (pair("transformer.x_embedder", 128) | pair(QUERY), "as control LoRAs do"),
+    ],
+    ids=["alpha-0", "alpha-2", "rank-0", "twice", "control", "control-diffusers"],
+)
+def test_what_cannot_be_meant_is_said(
+    state: dict[str, Tensor], tmp_path: Path, lora: dict[str, Tensor], words: str
+) -> None:
+    save_file(lora, tmp_path / "lora.safetensors")
+    with pytest.raises(PlanError) as refusal:
+        loras_of(tmp_path / "lora.safetensors", model_of(state))
+    (problem,) = refusal.value.problems
+    assert words in problem
+
+
+def test_an_alpha_is_finite(state: dict[str, Tensor], tmp_path: Path) -> None:
+    path, source = tmp_path / "lora.safetensors", model_of(state)
+    save_file(pair(QUERY) | {f"{QUERY}.alpha": torch.tensor(float("nan"))}, path)
+    with pytest.raises(SourceError, match=r"to_q\.alpha is nan"):
+        MergedSource(source, loras_of(path, source)).read("transformer_blocks.0.attn.to_q.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_loras_of_other_widths_are_read(
+    state: dict[str, Tensor], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    name, path, source = (
+        "transformer_blocks.0.attn.to_q",
+        tmp_path / "l.safetensors",
+        model_of(state),
+    )
+    lora = {key: tensor.to(dtype) for key, tensor in plain(f"transformer.{name}").items()}
+    save_file(lora, path)
+    down, up = (tensor.double() for tensor in lora.values())
+    got = MergedSource(source, loras_of(path, source)).read(f"{name}.weight")
+    assert torch.allclose(got.double(), state[f"{name}.weight"].double() + up @ down, atol=1e-6)
+
+
+def test_strengths_are_near_one(pipeline: Path, tmp_path: Path) -> None:
+    save_file(pair(QUERY), tmp_path / "l.safetensors")
+    words = (pipeline, "--scheme", "int8", "--target", "comfyui", "-o", tmp_path / "out")
+    said = refused(tmp_path, *words, "--lora", f"{tmp_path / 'l.safetensors'}:1e39", code=2)
+    assert "1000 at most" in said

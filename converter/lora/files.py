@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from dqconvert.quantizers.spec import FLOAT_DTYPES
 CONFIG = "adapter_config.json"
 METADATA = "lora_adapter_metadata"
 """Where PEFT, and where diffusers, keeps the config of the adapters."""
+
+SMALL = ("F8_E4M3", "F8_E5M2")
+"""What LoRAs are cast to beside 16 and 32 bit."""
 
 INTEGERS = ("I32", "I64", "I16", "U8", "I8")
 """What an alpha may be besides a float."""
@@ -66,7 +70,10 @@ class LoraFile:
     def scale(self, module: str, rank: int | None, alpha: str | None) -> float:
         """What a module's product is multiplied by. alpha: the tensor that says it, or None."""
         if alpha is not None:
-            return scale_of(rank, float(self.source.read(alpha).float().reshape(-1)[0]))
+            found = float(self.source.read(alpha).float().reshape(-1)[0])
+            if not math.isfinite(found):
+                raise SourceError(f"{self.path}: tensor {alpha} is {found}, which is no alpha")
+            return scale_of(rank, found)
         if self.said.get("peft_type") == "LOKR":  # whose whole matrices are scaled as well
             whole = self._pattern(module, "rank_pattern", "r")
             rank = None if whole is None else int(whole)
@@ -89,7 +96,8 @@ def opened(spec: LoraSpec) -> LoraFile:
     odd = [
         name
         for name, info in source.infos.items()
-        if info.dtype not in FLOAT_DTYPES and not (info.shape in ((), (1,)) and _whole(info.dtype))
+        if info.dtype not in (*FLOAT_DTYPES, *SMALL)
+        and not (info.shape in ((), (1,)) and _whole(info.dtype))
     ]
     if odd:
         raise SourceError(

@@ -165,7 +165,18 @@ def matched(file: LoraFile, names: Names, infos: Infos, component: str = TRANSFO
             modules[said[0]][said[1]] = key
     for base, roles in modules.items():
         _match(found, _Module(file, base, roles, names, infos))
+    _check_once(found)
     return found
+
+
+def _check_once(found: Matching) -> None:
+    """A tensor that a file changes under two names would be changed twice."""
+    first: dict[tuple[str, ...], str] = {}
+    for patch in found.patches:
+        base = first.setdefault(patch.home.parts, patch.base)
+        if base != patch.base:
+            found.problems[patch.base] = f"says again what {base} says, under another name"
+    found.patches = [patch for patch in found.patches if patch.base not in found.problems]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +220,10 @@ _BIASES = ("down", "up", "alpha", "down_bias", "up_bias")
 
 
 def _weight(found: Matching, module: _Module, home: Home | None) -> None:
+    alpha = module.shapes().get("alpha", ())
+    if prod(alpha) != 1:
+        found.problems[module.base] = f"its alpha is {list(alpha)} and no number"
+        return
     kind = kind_of(module.roles)
     if kind is None:
         found.problems[module.base] = f"holds {_some(module.roles)}, which make no adapter"
@@ -239,10 +254,13 @@ def _place(found: Matching, module: _Module, home: Home | None, kind: str) -> No
     except (ValueError, KeyError, IndexError) as error:
         found.problems[module.base] = f"its shapes do not go together: {error}"
         return
+    if rank_of("lora" if kind == BIAS else kind, module.shapes()) == 0:
+        found.problems[module.base] = f"its rank is 0 ({_some(module.roles)})"
+        return
     if made != wanted and not (kind in ("diff", "set") and prod(made) == prod(wanted)):
         found.problems[module.base] = (
             f"its shapes do not fit: it makes {list(made)}, the model's {home.leaf.theirs} "
-            f"here is {list(shape)}"
+            f"here is {list(shape)}" + (_WIDER if _widens(kind, made, wanted) else "")
         )
         return
     magnitude = module.shapes().get("magnitude")
@@ -252,6 +270,19 @@ def _place(found: Matching, module: _Module, home: Home | None, kind: str) -> No
         )
         return
     found.patches.append(Patch(module.file, module.base, kind, module.roles, home, wanted))
+
+
+_WIDER = (
+    ". It widens the model's input, as control LoRAs do; fuse it into the 16-bit model with "
+    "diffusers' control pipeline first, and convert what that saves"
+)
+
+
+def _widens(kind: str, made: tuple[int, int], wanted: tuple[int, int]) -> bool:
+    """Whether an adapter is of a model with more inputs: a whole number of times as many."""
+    return (
+        kind == "lora" and made[0] == wanted[0] and made[1] > wanted[1] > made[1] % wanted[1] == 0
+    )
 
 
 def _made(kind: str, shapes: Mapping[str, Shape]) -> tuple[int, int]:

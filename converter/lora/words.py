@@ -11,6 +11,9 @@ import click
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+STRONGEST = 1000
+"""Strengths are near 1; what is far beyond overflows, or was meant to be a path."""
+
 
 class Lora(click.ParamType[tuple[Path, float]]):
     """FILE[:STRENGTH]: a number behind the last colon is the strength, any other colon is the
@@ -33,6 +36,8 @@ class Lora(click.ParamType[tuple[Path, float]]):
             self.fail(f"'{value}': no such file or folder", param, ctx)
         if not math.isfinite(strength):
             self.fail(f"'{value}': the strength must be a number", param, ctx)
+        if abs(strength) > STRONGEST:
+            self.fail(f"'{value}': the strength must be {STRONGEST} at most", param, ctx)
         return whole, strength
 
 
