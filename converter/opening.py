@@ -35,7 +35,15 @@ def open_model(
     config: the config.json beside it; part: only tensors that begin with it are looked at. Raises
     SourceError where nothing known is there, or what is there is broken.
     """
-    config = config or {}
+    found = _opened(path, config or {}, part)
+    for name, info in found.infos.items():
+        linear = name.endswith(".weight") and found.family.linear(name.removesuffix(".weight"))
+        if linear and (len(info.shape) < 2 or not info.numel):
+            raise SourceError(f"{found.where(name)}: found {list(info.shape)}, needed a matrix")
+    return found
+
+
+def _opened(path: Path, config: Mapping[str, Any], part: str) -> CanonicalSource:
     try:
         source = open_source(path)
     except SourceError as error:

@@ -157,9 +157,16 @@ def _is_held(value: Any, depth: int) -> bool:
 
 def _extent(path: Path, name: str, tensor: Tensor) -> Extent:
     """Where a tensor lies. SourceError for what no file of weights holds."""
+    import torch
+
     from dqconvert.quantizers.tensors import DTYPE_NAMES
 
     dtype = DTYPE_NAMES.get(tensor.dtype)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_neg():
+        what = "negated lazily" if tensor.is_neg() else f"{tensor.layout}, {tensor.dtype}"
+        raise SourceError(
+            f"{path}: tensor {name} is {what}, and cannot be read; save it as a plain tensor"
+        )
     offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if dtype is None or (offset is None and tensor.numel()):
         raise SourceError(f"{path}: tensor {name} is {tensor.dtype}, and cannot be read")

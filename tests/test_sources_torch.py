@@ -254,3 +254,22 @@ def test_variants_in_shards(exact: Tensors, tmp_path: Path) -> None:
     index.unlink()
     (folder / f"{WEIGHTS}.index.fp16.json").unlink()
     assert open_source(folder).infos.keys() == exact.keys()
+
+
+def test_tensors_of_other_kinds_are_refused_by_name(exact: Tensors, tmp_path: Path) -> None:
+    """What a pickle holds in another way than as numbers in order, and linears that are none."""
+    name = next(n for n in exact if n.endswith("attn.to_q.weight"))
+    whole = exact[name].float()
+    odd = {
+        "sparse": whole.to_sparse(),
+        "negated": torch.complex(whole, whole).conj().imag,
+        "complex": whole.to(torch.complex64),
+        "scalar": torch.tensor(1.0),
+        "flat": whole.flatten(),
+        "empty": whole[:0],
+    }
+    for kind, tensor in odd.items():
+        file = tmp_path / f"{kind}.pt"
+        torch.save({**exact, name: tensor}, file)
+        text = refused(tmp_path, file, "--scheme", "int8", "-o", tmp_path / "out")
+        assert str(file) in text and name in text, kind
