@@ -169,13 +169,15 @@ def cogview4() -> Any:
     )
 
 
-def kandinsky5(kind: str = "T2V") -> Any:
+def kandinsky5(kind: str = "T2V", **changes: Any) -> Any:
     import diffusers
 
     tokenizer = parts.letters()
     second, other = parts.clip()
     return getattr(diffusers, f"Kandinsky5{kind}Pipeline")(
-        transformer=transformer(config_of("kandinsky5", in_text_dim=WIDTH, in_text_dim2=64)),
+        transformer=transformer(
+            config_of("kandinsky5", in_text_dim=WIDTH, in_text_dim2=64, **changes)
+        ),
         vae=diffusers.AutoencoderKLHunyuanVideo(
             block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2
         ),
@@ -225,7 +227,7 @@ BUILDERS = {
     "qwen_image_21": qwen_image_21,
     "cogview4": cogview4,
     "kandinsky5": kandinsky5,
-    "kandinsky5_image": lambda: kandinsky5("T2I"),
+    "kandinsky5_image": lambda: kandinsky5("T2I", visual_cond=False),
     "ovis_image": ovis_image,
     "longcat_image": longcat_image,
 }
