@@ -182,4 +182,5 @@ def processor(tokenizer: Any) -> Any:
         image_processor=Qwen2VLImageProcessor(**limits),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(**limits),
+        chat_template=CHAT,
     )

@@ -143,19 +143,6 @@ def ernie_image() -> Any:
     )
 
 
-def qwen_image_21() -> Any:
-    from diffusers import AutoencoderKLQwenImage21, QwenImage21Pipeline
-
-    tokenizer = parts.letters()
-    return QwenImage21Pipeline(
-        scheduler=parts.flow(use_dynamic_shifting=True),
-        vae=AutoencoderKLQwenImage21(),
-        text_encoder=parts.qwen3_vl(tokenizer, "Qwen3VLForConditionalGeneration"),
-        processor=parts.processor(tokenizer),
-        transformer=transformer(config_of("qwen_image_21", context_in_dim=WIDTH)),
-    )
-
-
 def cogview4() -> Any:
     from diffusers import CogView4Pipeline
 
@@ -224,7 +211,6 @@ BUILDERS = {
     "auraflow": auraflow,
     "hidream": hidream,
     "ernie_image": ernie_image,
-    "qwen_image_21": qwen_image_21,
     "cogview4": cogview4,
     "kandinsky5": kandinsky5,
     "kandinsky5_image": lambda: kandinsky5("T2I", visual_cond=False),
