@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dqconvert.formats.header import Header
 from dqconvert.quantizers.errors import SourceError
@@ -101,6 +101,38 @@ class Container:
         start = 0 if rows is None else rows[0]
         row = stored.nbytes // max(stored.shape[0] if stored.shape else 1, 1)
         _fill(path, extent.offset + start * row, out.view(-1).view(torch.uint8).numpy().data)
+
+
+class Held(Protocol):
+    """What is asked of a checkpoint that another is made of."""
+
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    def where(self, name: str) -> Path: ...
+
+
+class Derived:
+    """A checkpoint that is another one, read otherwise."""
+
+    source: Held
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The first file's metadata."""
+        return self.source.metadata
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files read."""
+        return self.source.files
+
+    def where(self, name: str) -> Path:
+        """The file that holds a tensor."""
+        return self.source.where(name)
 
 
 def _fill(path: Path, offset: int, target: memoryview) -> None:

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dqconvert.formats import gguf_header
-from dqconvert.formats.container import Container
+from dqconvert.formats.container import Container, Derived
 from dqconvert.formats.header import Header
 from dqconvert.quantizers.spec import BLOCK, BLOCKS, TensorInfo
 
@@ -33,11 +33,11 @@ class GGUFSource(Container):
         return gguf_header.read(path)
 
 
-class Decoded:
+class Decoded(Derived):
     """A GGUF checkpoint whose tensors of blocks are decoded to F32; others stay as they are."""
 
     def __init__(self, source: GGUFSource) -> None:
-        self.source = source
+        self.source: GGUFSource = source
 
     @cached_property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -58,20 +58,6 @@ class Decoded:
         found = decoded_types(self)
         types = ", ".join(f"{count} {dtype}" for dtype, count in found.items())
         return (f"{LOST} ({types}): what they lost stays lost",) if found else ()
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The first file's metadata."""
-        return self.source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files read."""
-        return self.source.files
-
-    def where(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self.source.where(name)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""

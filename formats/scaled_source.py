@@ -20,9 +20,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqconvert.formats.container import Derived
 from dqconvert.formats.gguf_source import LOST
 from dqconvert.formats.source import Source, kept_dtypes, notes_of
 from dqconvert.quantizers.spec import FLOAT_DTYPES, TensorInfo
@@ -44,14 +44,14 @@ BLOCKS = (16, 32, 64, 128, 256)
 """Sides of blocks that may be cut off at the end."""
 
 
-class Rescaled:
+class Rescaled(Derived):
     """A checkpoint whose 8-bit tensors are multiplied with their scales, or widened.
 
     They are read in F32 and kept in BF16, which holds each value of a cast.
     """
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        self.source: Source = source
         self._scales = {
             name: scale
             for name, info in source.infos.items()
@@ -99,20 +99,6 @@ class Rescaled:
         types += [f"{casts[dtype]} {dtype} without scales" for dtype in CODES if casts[dtype]]
         lost = (f"{LOST} ({', '.join(types)}): what they lost stays lost",) if types else ()
         return (*notes_of(self.source), *lost)
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The first file's metadata."""
-        return self.source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files read."""
-        return self.source.files
-
-    def where(self, name: str) -> Path:
-        """The file that holds a tensor."""
-        return self.source.where(name)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """A tensor, or its rows start .. stop, in fresh memory; SourceError if bytes lack."""

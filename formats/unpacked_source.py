@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from dqconvert.formats.container import Derived
 from dqconvert.formats.form import PackedForm
 from dqconvert.formats.gguf_source import LOST
 from dqconvert.formats.scaled_source import Rescaled
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Unpacked:
+class Unpacked(Derived):
     """A checkpoint whose packed layers are read as weights in F32, kept in BF16.
 
     extras: tensors that belong to the file as a whole, which are left out.
@@ -36,7 +37,7 @@ class Unpacked:
         forms: Mapping[str, PackedForm],
         extras: tuple[str, ...] = (),
     ) -> None:
-        self.source = source
+        self.source: Source = source
         self._rest = Rescaled(source)
         self._extras = extras
         self._layers = Layers(source, unpack, forms)
@@ -65,16 +66,6 @@ class Unpacked:
     def notes(self) -> tuple[str, ...]:
         """That the weights were quantized before, and as what."""
         return (lost(self._layers.forms.values()),)
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The first file's metadata."""
-        return self.source.metadata
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files read."""
-        return self.source.files
 
     def where(self, name: str) -> Path:
         """The file that holds a tensor, or a part of it."""
