@@ -18,7 +18,8 @@ Sources: transformers conversion_mapping.py and the models' modeling files; Comf
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from dqconvert.converter.family import Entry, Infos, Linear, depth, single
@@ -205,3 +206,24 @@ def facts(config: Mapping[str, Any], arch: str, context: int, base: float) -> di
 def no_facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """For families of which no runtime that draws pictures reads GGUF files."""
     return {}
+
+
+def sizes(class_name: str, head: int) -> Callable[[Infos], dict[str, Any]]:
+    """config_of for a family; head: as there."""
+    return partial(config_of, class_name=class_name, head=head)
+
+
+SHARED: Mapping[str, Any] = {
+    "task": "",
+    "aliases": {},
+    "licenses": {},
+    "hidden": NORM,
+    "blocks": (BLOCKS,),
+    "linears": LINEARS,
+    "prefixes": (),
+    "assumed": ASSUMED,
+    "spellings": {"diffusers": SPELLINGS},
+    "spelling": spelling,
+    "passengers": PASSENGERS,
+}
+"""What is the same in all these families."""

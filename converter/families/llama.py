@@ -7,23 +7,12 @@ no table here can say, so there are none.
 
 from __future__ import annotations
 
-from typing import Any
-
 from dqconvert.converter import language
-from dqconvert.converter.family import Family, Infos
-
-
-def _config_of(infos: Infos) -> dict[str, Any]:
-    """The sizes that the shapes imply, in the words of transformers."""
-    return language.config_of(infos, "LlamaForCausalLM", 128)
-
+from dqconvert.converter.family import Family
 
 FAMILY = Family(
     name="llama",
     title="LLaMA or Mistral",
-    task="",
-    aliases={},
-    licenses={},
     signature=language.SIGNATURE,
     foreign=(
         language.QK_NORM,
@@ -31,17 +20,10 @@ FAMILY = Family(
         language.FOUR_NORMS,
         f"{language.PATCH_MERGER}.weight",
     ),
-    hidden=language.NORM,
     optional=(language.HEAD, language.PATCH_MERGER, *language.strange(language.LLAMA_NORMS)),
-    blocks=(language.BLOCKS,),
-    linears=language.LINEARS,
     dialects=language.dialects(language.LLAMA_NORMS, others=(language.PATCH_MERGER,)),
     sources=language.SPELLINGS,
-    prefixes=(),
-    config_of=_config_of,
-    assumed=language.ASSUMED,
+    config_of=language.sizes("LlamaForCausalLM", 128),
     facts=language.no_facts,
-    spellings={"diffusers": language.SPELLINGS},
-    spelling=language.spelling,
-    passengers=language.PASSENGERS,
+    **language.SHARED,
 )

@@ -10,14 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dqconvert.converter import language
-from dqconvert.converter.family import Family, Infos
+from dqconvert.converter.family import Family
 
 _NORMS = (*language.LLAMA_NORMS, *language.QK_NORMS)
-
-
-def _config_of(infos: Infos) -> dict[str, Any]:
-    """The sizes that the shapes imply, in the words of transformers."""
-    return language.config_of(infos, "Qwen3ForCausalLM", 128)
 
 
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,27 +25,17 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen3",
     title="Qwen3",
-    task="",
-    aliases={},
-    licenses={},
     signature=(*language.SIGNATURE, language.QK_NORM),
     foreign=(language.QKV_BIAS, language.FOUR_NORMS, f"{language.VISUAL_POSITIONS}.weight"),
-    hidden=language.NORM,
     optional=(language.HEAD, language.VISUAL_POSITIONS, *language.strange(_NORMS)),
-    blocks=(language.BLOCKS,),
-    linears=language.LINEARS,
     dialects={
         **language.dialects(_NORMS, others=(language.VISUAL_POSITIONS,)),
         "gguf": language.gguf(language.GGUF_NORMS | language.GGUF_QK_NORMS),
     },
     sources=(*language.SPELLINGS, "gguf"),
-    prefixes=(),
-    config_of=_config_of,
-    assumed=language.ASSUMED,
+    config_of=language.sizes("Qwen3ForCausalLM", 128),
     facts=_facts,
     policies={"gguf": {language.HEAD: "weight"}},
     architecture="qwen3",
-    spellings={"diffusers": language.SPELLINGS},
-    spelling=language.spelling,
-    passengers=language.PASSENGERS,
+    **language.SHARED,
 )

@@ -11,17 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dqconvert.converter import language
-from dqconvert.converter.family import Family, Infos
+from dqconvert.converter.family import Family
 
 _DEEP = {"qwen3vl.n_deepstack_layers": 3, "qwen3vl.rope.dimension_sections": [24, 20, 20, 0]}
 """Where images go in, and how positions are split: alike in all sizes."""
 
 _NORMS = (*language.LLAMA_NORMS, *language.QK_NORMS)
-
-
-def _config_of(infos: Infos) -> dict[str, Any]:
-    """The sizes that the shapes imply, in the words of transformers."""
-    return language.config_of(infos, "Qwen3VLForConditionalGeneration", 128)
 
 
 def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,27 +29,17 @@ def _facts(dialect: str, config: Mapping[str, Any]) -> dict[str, Any]:
 FAMILY = Family(
     name="qwen3_vl",
     title="Qwen3-VL",
-    task="",
-    aliases={},
-    licenses={},
     signature=(*language.SIGNATURE, language.QK_NORM, f"{language.VISUAL_POSITIONS}.weight"),
     foreign=(language.QKV_BIAS, language.FOUR_NORMS),
-    hidden=language.NORM,
     optional=(language.HEAD, language.VISUAL_POSITIONS, *language.strange(_NORMS)),
-    blocks=(language.BLOCKS,),
-    linears=language.LINEARS,
     dialects={
         **language.dialects(_NORMS, others=(language.VISUAL_POSITIONS,)),
         "gguf": language.gguf(language.GGUF_NORMS | language.GGUF_QK_NORMS),
     },
     sources=language.SPELLINGS,
-    prefixes=(),
-    config_of=_config_of,
-    assumed=language.ASSUMED,
+    config_of=language.sizes("Qwen3VLForConditionalGeneration", 128),
     facts=_facts,
     policies={"gguf": {language.HEAD: "weight"}},
     architecture="qwen3vl",
-    spellings={"diffusers": language.SPELLINGS},
-    spelling=language.spelling,
-    passengers=language.PASSENGERS,
+    **language.SHARED,
 )

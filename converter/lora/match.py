@@ -172,11 +172,14 @@ def matched(file: LoraFile, names: Names, infos: Infos, component: str = TRANSFO
 def _check_once(found: Matching) -> None:
     """A tensor that a file changes under two names would be changed twice."""
     first: dict[tuple[str, ...], str] = {}
+    kept = []
     for patch in found.patches:
         base = first.setdefault(patch.home.parts, patch.base)
-        if base != patch.base:
+        if base == patch.base:
+            kept.append(patch)
+        else:
             found.problems[patch.base] = f"says again what {base} says, under another name"
-    found.patches = [patch for patch in found.patches if patch.base not in found.problems]
+    found.patches = kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +283,8 @@ _WIDER = (
 
 def _widens(kind: str, made: tuple[int, int], wanted: tuple[int, int]) -> bool:
     """Whether an adapter is of a model with more inputs: a whole number of times as many."""
-    return (
-        kind == "lora" and made[0] == wanted[0] and made[1] > wanted[1] > made[1] % wanted[1] == 0
-    )
+    more, rest = divmod(made[1], wanted[1])
+    return kind == "lora" and made[0] == wanted[0] and more > 1 and not rest
 
 
 def _made(kind: str, shapes: Mapping[str, Shape]) -> tuple[int, int]:
