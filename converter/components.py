@@ -26,7 +26,7 @@ from dqconvert.converter import manifest
 from dqconvert.converter.job import Job, Progress, Report
 from dqconvert.converter.lora.apply import holding
 from dqconvert.converter.prepare import Prepared, check_apart, prepare
-from dqconvert.converter.resolve import ALL, INDEX, TRANSFORMER, read_json, resolve
+from dqconvert.converter.resolve import ALL, INDEX, TRANSFORMER, UNET, read_json, resolve
 from dqconvert.converter.statistics import ENCODER
 from dqconvert.formats.folder import OutputFolder
 from dqconvert.formats.targets import target
@@ -77,8 +77,13 @@ def prepare_all(job: Job) -> Whole:
         if part is not None:
             found = prepare(part)
             own = replace(found.model, origin=model.origin, license=model.license)
+            notes = (*found.found, *_notes_of_experts(model.pipeline, part))
+            found = replace(found, found=notes)
             parts[name] = replace(found, model=own, output=output / name)
+    if not parts:
+        raise PlanError([f"{model.pipeline}: has no transformer, and no --encoder-scheme is given"])
     _check_folders(parts)
+    _check_loras(job, parts)
     return Whole(job, model.pipeline, parts, output)
 
 
@@ -86,7 +91,7 @@ def components(pipeline: Path) -> list[str]:
     """Components that a pipeline's index names and that have a folder, transformers first."""
     said = read_json(pipeline / INDEX)
     names = [k for k, v in said.items() if isinstance(v, list) and (pipeline / k).is_dir()]
-    return sorted(names, key=lambda name: (not name.startswith(TRANSFORMER), name))
+    return sorted(names, key=lambda name: (not name.startswith((TRANSFORMER, UNET)), name))
 
 
 def convert_all(whole: Whole, listen: Callable[[Progress], None] = lambda _: None) -> Path:
@@ -114,8 +119,10 @@ def _job_of(job: Job, name: str, output: Path) -> Job | None:
     What is said of single linears or of layouts is said of the transformer.
     """
     part = replace(job, component=name, output=output / f"{name}.part")
-    if name.startswith(TRANSFORMER):
-        return holding(part, name)
+    if name == UNET:  # in the place of the transformer
+        part = replace(part, component=TRANSFORMER)
+    if part.component.startswith(TRANSFORMER):
+        return holding(part, part.component)
     if job.encoder_scheme is None or not name.startswith(ENCODERS):
         return None
     own = Job(
@@ -141,6 +148,29 @@ def _check_folders(parts: Mapping[str, Prepared]) -> None:
         "loads; choose another --layout"
         for name, file in names.items()
         if parts[name].plan.target.NAME == "diffusers" and file not in NAMES
+    ]
+    if problems:
+        raise PlanError(problems)
+
+
+def _notes_of_experts(pipeline: Path, part: Job) -> Iterator[str]:
+    """A LoRA of one of two experts does not say of which, where each has a file of its own."""
+    if part.component == TRANSFORMER and part.loras and (pipeline / f"{TRANSFORMER}_2").is_dir():
+        names = ", ".join(path.name for path, _ in part.loras)
+        yield (
+            f"{names}: merged into {TRANSFORMER}, and into {TRANSFORMER}_2 what names it alone; "
+            f"where each expert has a file, convert --component {TRANSFORMER} and "
+            f"--component {TRANSFORMER}_2 apart"
+        )
+
+
+def _check_loras(job: Job, parts: Mapping[str, Prepared]) -> None:
+    """PlanError where a LoRA would be left out as a whole."""
+    used = {path for part in parts.values() for path, _ in part.job.loras}
+    problems = [
+        f"{path.name}: is of no part that is quantized; --encoder-scheme quantizes the encoders"
+        for path, _ in job.loras
+        if path not in used
     ]
     if problems:
         raise PlanError(problems)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dqconvert.converter.components import components
 from dqconvert.converter.manifest_reader import read_manifest
-from dqconvert.converter.resolve import INDEX, read_json
+from dqconvert.converter.resolve import INDEX, TRANSFORMER, read_json
 from dqconvert.converter.verify import Verdict, changed, verify
 from dqconvert.formats.folder import MANIFEST
 
@@ -19,7 +19,7 @@ def verify_any(out: Path, against: str | None = None) -> Verdict:
     against: the model, or the pipeline, that it was made from.
     """
     parts = _quantized(out)
-    if len(parts) < 2:
+    if parts in ([], [TRANSFORMER]):
         return verify(out, against)
     verdicts = {name: verify(out / name, against) for name in parts}
     first = next(iter(verdicts.values()))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
@@ -146,6 +147,54 @@ def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
         "diffusers",
     )
     assert "needs a pipeline" in said
+
+
+def lora(path: Path, module: str, columns: int, rows: int) -> Path:
+    down, up = torch.randn(2, columns), torch.randn(rows, 2)
+    save_file({f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}, path)
+    return path
+
+
+def test_loras_go_to_the_parts_that_they_name(tmp_path: Path) -> None:
+    """One of an encoder alone needs a scheme for encoders; what no part takes is refused."""
+    config = json.loads((DIGITS / "text_encoder" / "config.json").read_text())
+    width, wide = config["hidden_size"], config["intermediate_size"]
+    name = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    path = lora(tmp_path / "words.safetensors", name, width, wide)
+    words = ("flux-digits", "--component", "all", "--scheme", "int8", "--target", "diffusers")
+    words = (*words, "--layout", "torchao-weight-only", "--lora", path, "-o", tmp_path / "out")
+    assert "words.safetensors: is of no part" in refused(tmp_path, *words, "--dry-run")
+    said = json.loads(done(*words, "--encoder-scheme", "bnb-nf4", "--dry-run", "--json"))
+    held = {part: one["loras"] for part, one in said["components"].items()}
+    assert held == {"transformer": [], "text_encoder": [str(path)], "text_encoder_2": []}
+
+
+def test_a_lora_of_one_expert_is_pointed_out(tmp_path: Path) -> None:
+    folder = tiny.build_tiny("wan_two_experts", tmp_path / "wan")
+    path = lora(tmp_path / "high.safetensors", "diffusion_model.blocks.0.self_attn.q", 128, 128)
+    words = (folder, "--component", "all", "--scheme", "int8", "--target", "vllm", "--lora", path)
+    said = done(*words, "--dry-run", "-o", tmp_path / "out")
+    assert "high.safetensors: merged into transformer" in said
+
+
+def test_a_unet_stands_in_the_transformers_place(tmp_path: Path) -> None:
+    sdxl = checkpoints.FAMILY_MODELS["sdxl"]
+    config = sdxl["config"](**sdxl["SMALL"] | sdxl["SHALLOW"])
+    folder, out = tmp_path / "xl" / "unet", tmp_path / "out"
+    folder.mkdir(parents=True)
+    model = checkpoints.filled(checkpoints.meta_model(config))
+    save_file(model, folder / checkpoints.WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(config))
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ["diffusers", config["_class_name"]],
+    }
+    (folder.parent / "model_index.json").write_text(json.dumps(index))
+    words = ("--component", "all", "--scheme", "int8", "--target", "diffusers", "--output", out)
+    done(folder.parent, *words)
+    assert check_manifest(out)["components"].keys() == {"unet"}
+    assert "quantization_config" in json.loads((out / "unet" / "config.json").read_text())
+    assert "sound" in done("verify", out, "--against", folder.parent)
 
 
 def test_both_experts_are_quantized(tmp_path: Path) -> None:

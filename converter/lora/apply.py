@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from dqconvert.converter.canonical import CanonicalSource
@@ -48,20 +49,21 @@ def holding(job: Job, component: str) -> Job:
 
     What names none is the transformer's, as in diffusers.
     """
-    if component == TRANSFORMER:
-        return job
-    number = int(component.rpartition("_")[2]) if component[-1:].isdigit() else 1
-    held = []
-    for path, strength in job.loras:
-        keys = opened(LoraSpec(path, strength)).source.infos
-        if component.startswith(TRANSFORMER):
-            found = any(key.startswith(SECOND) for key in keys)
-        else:
-            found = any(encoder_of(key) == number for key in keys)
-        held += [(path, strength)] if found else []
-    if held:
-        return replace(job, loras=tuple(held))
+    held = tuple(one for one in job.loras if _names(one[0], component))
+    if held or not job.loras:
+        return replace(job, loras=held)
     return replace(job, loras=(), lora_partial=False, lora_mode=MERGE, rank_cap=None)
+
+
+def _names(path: Path, component: str) -> bool:
+    """Whether a LoRA has tensors of a part of the pipeline."""
+    keys = opened(LoraSpec(path)).source.infos
+    number = int(component.rpartition("_")[2]) if component[-1:].isdigit() else 1
+    if component == TRANSFORMER:
+        return not keys or any(not k.startswith(SECOND) and encoder_of(k) is None for k in keys)
+    if component.startswith(TRANSFORMER):
+        return any(key.startswith(SECOND) for key in keys)
+    return any(encoder_of(key) == number for key in keys)
 
 
 def check(job: Job, scheme: Scheme) -> None:
