@@ -14,6 +14,7 @@ from torch import Tensor
 from dqconvert.converter.canonical import CanonicalSource
 from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.lora.files import LoraSpec, opened
+from dqconvert.converter.lora.keys import encoder_of
 from dqconvert.converter.lora.match import Loras, read
 from dqconvert.converter.lora.merged import MergedSource
 from dqconvert.quantizers.errors import PlanError, SourceError
@@ -148,3 +149,42 @@ def test_strengths_are_near_one(pipeline: Path, tmp_path: Path) -> None:
     words = (pipeline, "--scheme", "int8", "--target", "comfyui", "-o", tmp_path / "out")
     said = refused(tmp_path, *words, "--lora", f"{tmp_path / 'l.safetensors'}:1e39", code=2)
     assert "1000 at most" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "number"),
+    [
+        ("lora_te_text_model_encoder_layers_0_mlp_fc1.alpha", 1),
+        ("lora_te1_text_projection.alpha", 1),
+        ("lora_te2_text_projection.alpha", 2),
+        ("te2.text_model.encoder.layers.0.mlp.fc1.alpha", 2),
+        ("text_encoder.text_model.encoder.layers.0.mlp.fc1.alpha", 1),
+        ("text_encoder_2.encoder.block.0.layer.0.SelfAttention.q.lora_A.weight", 2),
+        ("text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.alpha", 1),
+        ("text_encoders.clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.alpha", 2),
+        ("clip_g.transformer.text_model.encoder.layers.0.mlp.fc1.alpha", 2),
+        ("text_encoders.t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo.alpha", 3),
+        ("t5xxl.transformer.encoder.block.0.layer.1.DenseReluDense.wo.alpha", 3),
+        ("text_encoders.qwen25_7b.transformer.model.layers.0.mlp.up_proj.alpha", 1),
+        ("transformer.transformer_blocks.0.attn.to_q.alpha", None),
+        ("lora_unet_double_blocks_0_img_attn_qkv.alpha", None),
+        ("text_embedder.linear_1.alpha", None),
+    ],
+)
+def test_keys_say_which_encoder_they_are_of(key: str, number: int | None) -> None:
+    assert encoder_of(key) == number
+
+
+def test_t5_is_the_second_or_the_third_encoder(tmp_path: Path) -> None:
+    configs = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("configs.py"))))
+    state = checkpoints.meta_model(configs.CONFIGS["t5"][-1])
+    source, path = model_of(state), tmp_path / "lora.safetensors"
+    name = "encoder.block.0.layer.0.SelfAttention.q"
+    rows, columns = state[f"{name}.weight"].shape
+    for prefix in ("text_encoders.t5xxl.transformer.", "t5xxl.transformer.", "lora_te3_"):
+        base = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        down, up = torch.ones(2, columns), torch.ones(rows, 2)
+        save_file({f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up}, path)
+        for component in ("text_encoder_2", "text_encoder_3"):
+            (patch,) = read([opened(LoraSpec(path))], source, component, False).patches
+            assert patch.home.parts == (f"{name}.weight",)

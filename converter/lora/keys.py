@@ -50,8 +50,14 @@ ROLES: tuple[tuple[str, str], ...] = (
 
 _ROLES = tuple((re.compile(rf"(.+?){ending}"), role) for ending, role in ROLES)
 
-TEXT = re.compile(r"(?:lora_te(\d?)_|te(\d)\.|clip_([lg])\.|text_encoders?(?:_(\d))?\.)")
+TEXT = re.compile(
+    r"(?:lora_te(\d?)_|te(\d)\.|(?:text_encoders\.)?(clip_[lg]|t5xxl)\.|text_encoders?(?:_(\d))?\.)"
+)
 """How the keys of text encoders begin; a number is that of the encoder in the pipeline."""
+
+CALLED = {"clip_l": 1, "clip_g": 2, "t5xxl": 3}
+"""Encoders that ComfyUI calls by name, where they stand in the pipeline that has them all; T5 is
+the last one also of shorter ones."""
 
 SECOND = "transformer_2."
 """How the keys of Wan 2.2's second expert begin, where a file holds both."""
@@ -92,5 +98,4 @@ def encoder_of(key: str) -> int | None:
     found = TEXT.match(key)
     if found is None:
         return None
-    clip = {"l": 1, "g": 2}.get(found[3] or "")
-    return clip or int(found[1] or found[2] or found[4] or 1)
+    return CALLED.get(found[3] or "") or int(found[1] or found[2] or found[4] or 1)
