@@ -164,7 +164,8 @@ def context_of(
     for i, form in enumerate(forms_in(runtime, adapted, layout)):
         uniform = replace(form, rank=scheme.rank if form.rank else 0)
         if runtime.problem(uniform) is None:
-            blocks = "mid_block" if layout == "unet" else "transformer_blocks"
+            told = {"unet": "mid_block", "v2-flux": "single_transformer_blocks"}
+            blocks = told.get(layout, "transformer_blocks")  # by which nunchaku's are told
             layers[f"{blocks}.{i}.linear"] = uniform
     infos = {
         f"{layer}.{suffix}": info

@@ -164,8 +164,9 @@ def test_every_missing_or_wrong_tensor_is_named(runtime: Target, scheme: Scheme)
     context, infos = context_of(runtime, scheme)
     metadata, config = runtime.metadata(context), runtime.config(context) or {}
     # a header alone cannot tell these from a layer without: a bias, a static scale, a scale
-    # that nunchaku's loader takes as 1, a marker that the header repeats
+    # that nunchaku's loader takes as 1, a marker that the header repeats, zero points of nothing
     optional = {"comfy_quant", "input_scale", "wtscale" if runtime.NAME == "nunchaku" else ""}
+    optional |= {"_weight_zero_point"}
     optional |= {"wcscales"} if runtime.NAME == "nunchaku" else set()
     for name, info in infos.items():
         suffix = name.rpartition(".")[2]

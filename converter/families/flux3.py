@@ -131,9 +131,10 @@ FAMILY = Family(
     unread=("repa_projectors.",),  # heads that only training uses
     config_of=_config_of,
     facts=_facts,
-    unrun=("sglang", "vllm"),  # SGLang's class of that name makes videos
+    # SGLang's class of that name makes videos; ComfyUI has none (August 2026).
+    unrun=("comfyui", "sglang", "vllm"),
     # One modulation for all blocks of a kind.
-    policies={"comfyui": _KEPT, "diffusers": _KEPT},
+    policies={"diffusers": _KEPT},
     sensitive=tuple(f"{blocks}.{{i}}.attn.to_out.0" for blocks in _BLOCKS.values()),
     # No folds: a modulation serves all blocks of a kind, and linears have no bias.
     variant=_variant,
