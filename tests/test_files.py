@@ -232,7 +232,7 @@ def test_headers_of_impossible_length(length: int, tmp_path: Path) -> None:
 
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.ckpt").write_bytes(b"PK")
-    with pytest.raises(SourceError, match="no archive of torch.save"):
+    with pytest.raises(SourceError, match=r"no archive of torch\.save"):
         open_source(tmp_path / "a.ckpt")
     with pytest.raises(SourceError, match="no such file"):
         open_source(tmp_path / "none.safetensors")

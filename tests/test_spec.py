@@ -16,7 +16,13 @@ from dqconvert.quantizers.spec import ALL, BLOCKS, CODES, DTYPE_BITS, STEPS, Qua
 from dqconvert.quantizers.tensors import DTYPE_NAMES, TORCH_DTYPES
 
 MAXIMA = {"int4": 7, "uint4": 15, "int8": 127, "e2m1": 6, "e3m2": 28, "e4m3": 448, "e5m2": 57344}
-MAXIMA |= {"nf4": 1, "fp4": 1, "lut4": 0.980671, "f16": 65504, "bf16": torch.finfo(torch.bfloat16).max}
+MAXIMA |= {
+    "nf4": 1,
+    "fp4": 1,
+    "lut4": 0.980671,
+    "f16": 65504,
+    "bf16": torch.finfo(torch.bfloat16).max,
+}
 
 lawful = settings(derandomize=True, deadline=None, max_examples=50)
 
