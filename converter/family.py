@@ -90,37 +90,55 @@ class Fold:
 class Family:
     """A model family, as data.
 
-    title: for people; aliases: {short name: Hub id}. classes: what config.json may call the models,
-    () where nothing else has such tensors. signature: canonical tensors that only this
-    family has together; foreign: those that tell another family, which has all of the signature
-    as well. hidden: canonical tensor whose rows are the hidden size. blocks: the module lists of
-    transformer blocks. optional: modules that some variants lack; scattered: modules that some
-    blocks have and others lack; cut: modules that the last block lacks. prefixes: what
-    all-in-one checkpoints put before the transformer's names. dialects: {name: entries}; a name
-    that no entry mentions stays as it is. sources: the dialects that checkpoints come in; the first
-    lists every tensor, an empty one is the identity; sharded: {dialect: the one that a checkpoint
-    in several files is in, where names do not tell the two apart}. unread: beginnings of names in
-    such checkpoints that no runtime reads. config_of(infos): the diffusers config that the shapes
-    imply; assumed: keys of it that only hold for released models, which a config.json may deny;
-    facts(dialect, config): what a runtime wants to be told beside the tensors. policies: {target or
-    layout: {role, linear or pattern of linears: treatment or None}}, where a runtime's loader of
-    this family differs from the target's ROLES; the nearest word counts. sensitive: linears that
-    mixed schemes keep at the better format without calibration. layouts: {target: those of its
-    layouts that its loader of this family reads}, the default first; names of one that differ are
-    in a dialect of its own, "<target>-<layout>". unrun: targets whose runtime has no code for it,
-    though it has names for them. video: whether it makes videos.
-    unguided: in the names of models that are made to run without guidance. architecture: what GGUF
-    files call it, "" where no reader of them knows it. tokens: canonical token embedding whose
-    tokenizer a GGUF file holds. variant(infos, config): which of the family's models it is, in a
-    word such as "edit" or "guidance", "" where there is only one. pipelines: {variant: diffusers'
-    pipeline class}, the row "" for variants without one. fields: of a line of prompts, those that
-    the pipelines take. encoders: {component of the pipeline: the family of its weights}. folds:
-    where the model itself can hold a smooth vector and a center. outside: linears outside the
-    blocks that some policy names. spellings: {target: dialects that it may be written in}
-    where that depends on the class of the model; spelling(class): the one. passengers: {beginning
-    of names of tensors that are another part of the same model: targets whose files hold them too}.
-    vital: those of them without which such a file does not run. vocabulary: tensor in which
-    ComfyUI's files hold the tokenizer.
+    What it is:
+        title: for people; aliases: {short name: Hub id}; licenses: {alias: licence}
+        task: for model cards, "" of an encoder; video: whether it makes videos
+        classes: what config.json may call the models, () where nothing else has such tensors
+        variant(infos, config): which of the family's models it is, in a word such as "edit", ""
+            where there is only one
+
+    How it is told:
+        signature: canonical tensors that only this family has together
+        foreign: those that tell another family, which has all of the signature as well
+        hidden: canonical tensor whose rows are the hidden size; blocks: the module lists of blocks
+        optional: modules that some variants lack; scattered: that some blocks have and others lack;
+            cut: that the last block lacks
+        config_of(infos): the config that the shapes imply; assumed: keys of it that only hold for
+            released models, which a config.json may deny
+
+    How tensors are called:
+        dialects: {name: entries}; a name that no entry mentions stays as it is
+        sources: the dialects that checkpoints come in; the first lists every tensor, an empty one
+            is the identity
+        sharded: {dialect: the one of a checkpoint in several files}, where names do not tell
+        prefixes: what all-in-one checkpoints put before the names
+        unread: beginnings of names in checkpoints that no runtime reads
+        passengers: {beginning of names that are another part of the model: targets whose files hold
+            them too}; vital: those of them without which such a file does not run
+        spellings: {target: dialects that it may be written in}, where that depends on the class of
+            the model; spelling(class): the one
+
+    What is quantized:
+        linears: of the blocks; outside: others, which some policy names
+        sensitive: linears that mixed schemes keep at the better format without calibration
+        folds: where the model itself can hold a smooth vector and a center
+
+    What runtimes want:
+        facts(dialect, config): what one is told beside the tensors
+        policies: {target or layout: {role, linear or pattern of linears: treatment or None}},
+            where a loader of this family differs from the target's ROLES; the nearest word counts
+        layouts: {target: those of its layouts that its loader of this family reads}, the default
+            first; names that differ are in a dialect of their own, "<target>-<layout>"
+        unrun: targets whose runtime has no code for it, though it has names for them
+        architecture: what GGUF files call it, "" where no reader of them knows it
+        tokens: canonical token embedding whose tokenizer a GGUF file holds
+        vocabulary: tensor in which ComfyUI's files hold the tokenizer
+
+    How it is calibrated:
+        pipelines: {variant: diffusers' pipeline class}, the row "" for variants without one
+        encoders: {component of the pipeline: the family of its weights}
+        fields: of a line of prompts, those that the pipelines take
+        unguided: in the names of models that are made to run without guidance
     """
 
     name: str
@@ -134,36 +152,41 @@ class Family:
     dialects: Mapping[str, tuple[Entry, ...]]
     config_of: Callable[[Infos], dict[str, Any]]
     facts: Callable[[str, Mapping[str, Any]], dict[str, Any]]
+    task: str = "text-to-image"
+    video: bool = False
     classes: tuple[str, ...] = ()
+    variant: Callable[[Infos, Mapping[str, Any]], str] = lambda infos, config: ""
+
     foreign: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     scattered: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
-    prefixes: tuple[str, ...] = ("model.diffusion_model.",)
+    assumed: tuple[str, ...] = ()
+
     sources: tuple[str, ...] = ("original", "diffusers")
     sharded: Mapping[str, str] = field(default_factory=dict)
+    prefixes: tuple[str, ...] = ("model.diffusion_model.",)
     unread: tuple[str, ...] = ()
-    assumed: tuple[str, ...] = ()
-    policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
-    task: str = "text-to-image"
-    sensitive: tuple[str, ...] = ()
-    folds: tuple[Fold, ...] = ()
-    outside: tuple[Linear, ...] = ()
-    video: bool = False
-    unrun: tuple[str, ...] = ()
-    unguided: tuple[str, ...] = ()
-    architecture: str = ""
-    tokens: str = ""
-    variant: Callable[[Infos, Mapping[str, Any]], str] = lambda infos, config: ""
-    pipelines: Mapping[str, str] = field(default_factory=dict)
-    fields: tuple[str, ...] = ("prompt", "negative_prompt")
-    encoders: Mapping[str, str] = field(default_factory=dict)
-    layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    spelling: Callable[[str], str] = lambda name: "transformers"
     passengers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     vital: tuple[str, ...] = ()
+    spellings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    spelling: Callable[[str], str] = lambda name: "transformers"
+
+    outside: tuple[Linear, ...] = ()
+    sensitive: tuple[str, ...] = ()
+    folds: tuple[Fold, ...] = ()
+
+    policies: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    layouts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unrun: tuple[str, ...] = ()
+    architecture: str = ""
+    tokens: str = ""
     vocabulary: str = ""
+
+    pipelines: Mapping[str, str] = field(default_factory=dict)
+    encoders: Mapping[str, str] = field(default_factory=dict)
+    fields: tuple[str, ...] = ("prompt", "negative_prompt")
+    unguided: tuple[str, ...] = ()
 
     def dialect_of(self, target: str, dialect: str, own: str = "") -> str:
         """The naming that a target writes: one of its own if the family has it, else its usual.
