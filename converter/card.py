@@ -26,7 +26,7 @@ def render(prepared: Prepared, report: Report, history: Mapping[str, Any]) -> st
         "",
         "| | |",
         "|---|---|",
-        f"| size | {plan.nbytes / 1e6:,.1f} MB, from {plan.source_bytes / 1e6:,.1f} MB |",
+        f"| size | {plan.nbytes / 1e6:,.1f} MB, from {prepared.source_bytes / 1e6:,.1f} MB |",
         f"| quantized layers | {len(report.layers)} |",
         f"| mean weight error | {report.mean('weight_error') or 0:.4f} |",
     ]

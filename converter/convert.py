@@ -75,7 +75,7 @@ def convert(
         report = Report(
             output=prepared.output,
             layers=tuple(sorted(layers, key=lambda layer: order[layer.name])),
-            source_bytes=plan.source_bytes,
+            source_bytes=prepared.source_bytes,
             output_bytes=plan.nbytes,
             seconds=time.perf_counter() - start,
             peak_memory=peak_memory(),

@@ -82,7 +82,7 @@ def describe(prepared: Prepared, report: Report | None = None) -> dict[str, Any]
             "family": source.family.name,
             "dialect": source.dialect,
             "files": {path.name: path.stat().st_size for path in source.source.files},
-            "bytes": plan.source_bytes,
+            "bytes": prepared.source_bytes,
         },
         "scheme": plan.scheme.name,
         "target": plan.target.NAME,

@@ -67,6 +67,12 @@ class Prepared:
         return self.source if self.branch is None else self.branch.observed
 
     @property
+    def source_bytes(self) -> int:
+        """What the model takes where it lies: less than what is read of it, if it is packed."""
+        files = sum(path.stat().st_size for path in self.source.source.files)
+        return min(self.plan.source_bytes, files)
+
+    @property
     def rank(self) -> int:
         """Of the low-rank branches that weights are quantized with."""
         return self.plan.context.rank if self.branch is None else self.branch.rank

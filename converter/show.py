@@ -49,7 +49,7 @@ def plan(prepared: Prepared, as_json: bool) -> None:
     table(rows, False)
     click.echo(
         f"\n{prepared.source.family.title} ({prepared.source.dialect} names), "
-        f"{decided.source_bytes / 1e9:.3f} GB -> {decided.nbytes / 1e9:.3f} GB, "
+        f"{prepared.source_bytes / 1e9:.3f} GB -> {decided.nbytes / 1e9:.3f} GB, "
         f"{len(decided.outputs)} tensors: {prepared.output}/{_filename(decided.files)}"
     )
     for note in prepared.notes:

@@ -90,8 +90,10 @@ def test_what_we_wrote_is_converted_again(
             assert torch.equal(found.stack([name, name], (half, half + 9))[3:], got[:6])
     said = done(out, "--scheme", "int8", "-o", again)
     assert LOST in said and LOST in (again / "README.md").read_text()
-    rows = json.loads((again / "dqconvert.json").read_text())["layers"]
-    assert max(row["weight_error"] for row in rows) < 0.01
+    manifest = json.loads((again / "dqconvert.json").read_text())
+    assert max(row["weight_error"] for row in manifest["layers"]) < 0.01
+    files = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
+    assert manifest["source"]["bytes"] <= files  # not what they are when decoded
     assert "sound" in done("verify", again, "--against", out)
 
 
