@@ -112,8 +112,8 @@ def _resolve(name: str, whole: bool, component: str) -> Model:
     known = [*inside, *aliases()]
     if "/" in name or path.suffix or not difflib.get_close_matches(name, known, cutoff=0.5):
         raise SourceError(
-            f"{name}: no such file or folder, and no model is called so; "
-            f"known: {', '.join(known)}, or a Hub id such as owner/name"
+            f"{name}: no such file or folder, and no model is called so (see `dqconvert list "
+            "models`); give one of those, a path, or a Hub id such as owner/name"
         )
     raise UnknownName("model", name, known)
 

@@ -50,11 +50,11 @@ def test_near_names_are_proposed(here: Path, pipeline: Path) -> None:
     assert "no target is called 'comfy'; did you mean comfyui?" in text
 
 
-def test_an_unknown_model_lists_the_known_ones(here: Path) -> None:
+def test_an_unknown_model_says_where_the_known_ones_are(here: Path) -> None:
     for name in ("zzz", "no/such/folder", "missing.safetensors"):
         text = refused(here, name, "--scheme", "int8")
         assert text.startswith(f"Error: {name}: no such file or folder")
-        assert "flux1-schnell" in text and "owner/name" in text
+        assert "dqconvert list models" in text and "owner/name" in text
 
 
 @pytest.mark.parametrize(

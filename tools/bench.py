@@ -32,8 +32,9 @@ SCHEMES = (
     "convrot-w4a8,svdquant-w4a4"
 )
 REQUANTIZED = "int8 from fp8 source"
-MERGED, RANK = "int8 with LoRA", 32
 """A conversion of an already quantized file, half the size of the others' source."""
+
+MERGED, RANK = "int8 with LoRA", 32
 
 FLUX_DEV = (19, 38)
 """Double and single blocks of FLUX.1-dev."""
