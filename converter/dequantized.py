@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING
 
 from dqconvert.converter.canonical import CanonicalSource, Infos, expected
 from dqconvert.converter.detect import OTHERS
-from dqconvert.converter.family import stacked_rows
+from dqconvert.converter.pieces import Pieces
 from dqconvert.converter.precondition import KEY, PreconditionedSource, load
-from dqconvert.converter.reopen import PackedLayer, Reopened
+from dqconvert.converter.reopen import Reopened
 from dqconvert.formats.unpacked_source import bias_dtype, lost
 from dqconvert.formats.unpacking import Layers
 from dqconvert.quantizers.spec import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Piece = tuple[PackedLayer, int]
-"""A packed layer that holds columns of a canonical linear, and the place of that in it."""
 
 
 def plain_weights(found: Reopened) -> CanonicalSource:
@@ -44,14 +41,9 @@ class DequantizedSource(CanonicalSource):
         self._found = found
         forms = {layer.name: layer.form for layer in found.layers}
         self._layers = Layers(found.source, found.target.unpack, forms)
-        self._pieces: dict[str, list[Piece]] = {}
-        for layer in found.layers:
-            for place, module in enumerate(layer.modules):
-                self._pieces.setdefault(module, []).append((layer, place))
-        for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: _starts_late(piece[0]))
+        self._pieces = Pieces(found)
         others = (*found.family.unread, *OTHERS)
-        known = sorted(name for name in found.names() if self._is_read(name))
+        known = self._pieces.names()
         required, optional = expected(found.family, known)
         ours = [k for k in known if k in required or k in optional or not k.startswith(others)]
         self.infos: Infos = {name: self._info(name) for name in ours}
@@ -72,9 +64,9 @@ class DequantizedSource(CanonicalSource):
         if leaf == "weight":
             return self.stack([name])
         # the others are zeros: it went to the last piece of a split linear
-        layer, place = self._pieces[module][-1]
-        start, stop = self._rows(layer, place)
-        bias = self._layers.bias(layer.name)
+        last = self._pieces[module][-1]
+        start, stop = self._pieces.rows(last)
+        bias = self._layers.bias(last[0].name)
         return torch.zeros(stop - start) if bias is None else bias[start:stop].clone()
 
     def stack(self, names: Sequence[str], rows: tuple[int, int] | None = None) -> Tensor:
@@ -103,34 +95,23 @@ class DequantizedSource(CanonicalSource):
         theirs, _ = self._found.kept[name]
         return f"{self.source.where(theirs)}: tensor {theirs}"
 
-    def _is_read(self, name: str) -> bool:
-        """Whether a tensor is more than a word on how others are packed."""
-        kept = self._found.kept.get(name)
-        return kept is None or kept[0] in self._found.numbers.infos
-
     def _fill(self, module: str, out: Tensor, start: int) -> None:
         """Rows of a canonical weight from start on, as many as out [rows, K] has."""
         first = 0
         for layer, place in self._pieces[module]:
-            low, _ = self._rows(layer, place)
+            low, _ = self._pieces.rows((layer, place))
             last = first + layer.form.shape[1]
             rows = (low + start, low + start + len(out))
             out[:, first:last] = self._layers.weight(layer.name, rows)
             first = last
 
-    def _rows(self, layer: PackedLayer, place: int) -> tuple[int, int]:
-        return stacked_rows(layer.entry, place, self._found.hidden, layer.form.shape[0])
-
     def _info(self, name: str) -> TensorInfo:
         module, _, leaf = name.rpartition(".")
         if module not in self._pieces:
             return self._found.info_of(name)
-        layer, place = self._pieces[module][-1]
-        start, stop = self._rows(layer, place)
-        if leaf == "bias":
-            return TensorInfo(bias_dtype(layer.form), (stop - start,))
-        width = sum(piece.form.shape[1] for piece, _ in self._pieces[module])
-        return TensorInfo("BF16", (stop - start, width))
+        layer, _ = self._pieces[module][-1]
+        dtype = bias_dtype(layer.form) if leaf == "bias" else "BF16"
+        return TensorInfo(dtype, self._pieces.shape(name))
 
 
 def _dialect(found: Reopened) -> str:
@@ -139,9 +120,3 @@ def _dialect(found: Reopened) -> str:
         return found.manifest.dialect
     named = any(layer.modules != (layer.name,) for layer in found.layers)
     return found.dialect if named else "diffusers"
-
-
-def _starts_late(layer: PackedLayer) -> bool:
-    """Whether a piece of a split linear begins after its first column."""
-    columns = layer.entry.columns
-    return columns is not None and columns[0] != 0

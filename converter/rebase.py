@@ -25,6 +25,7 @@ from dqconvert.converter.canonical import entries_of
 from dqconvert.converter.family import Entry, fill, stacked_rows
 from dqconvert.converter.lora.keys import encoder_of, parse
 from dqconvert.converter.lora.names import Names
+from dqconvert.converter.pieces import Pieces
 from dqconvert.converter.precondition import Place, Precondition, load
 from dqconvert.converter.reopen import Reopened, reopen
 from dqconvert.quantizers.errors import OutputError, PlanError, SourceError
@@ -221,13 +222,9 @@ def _differences(grown: Mapping[str, Tensor], found: Reopened) -> Iterator[tuple
 
 
 def _rows(module: str, found: Reopened) -> int:
-    """Output channels of a canonical linear, from the packed layer that holds it."""
-    for layer in found.layers:
-        if module in layer.modules:
-            place = layer.modules.index(module)
-            start, stop = stacked_rows(layer.entry, place, found.hidden, layer.form.shape[0])
-            return stop - start
-    return int(found.read_kept(f"{module}.weight").shape[0])
+    """Output channels of a canonical linear."""
+    pieces, name = Pieces(found), f"{module}.weight"
+    return (pieces.shape(name) if module in pieces else found.info_of(name).shape)[0]
 
 
 def _infos(found: Reopened) -> dict[str, TensorInfo]:

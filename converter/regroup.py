@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.family import stacked_rows
+from dqconvert.converter.pieces import Pieces
 from dqconvert.converter.plan import LayerPlan
 from dqconvert.converter.reopen import PackedLayer, Reopened
 from dqconvert.formats.form import PackedForm
@@ -30,24 +30,17 @@ AT_HAND = 3
 class PackedSource(CanonicalSource):
     """What a plan needs of a quantized file, and its linears by canonical name.
 
-    pieces: the packed layers of each canonical linear, in the order of their columns, and which of
-    the layer's linears it is. Packed linears count as BF16, which they are read as.
+    pieces: the packed layers of each canonical linear. Packed linears count as BF16, which they
+    are read as.
     """
 
     def __init__(self, found: Reopened) -> None:
         self.found = found
         super().__init__(found.source, found.family, found.manifest.dialect, {})
         self.ignored = 0
-        self.pieces: dict[str, list[tuple[PackedLayer, int]]] = {}
-        for layer in found.layers:
-            for place, module in enumerate(layer.modules):
-                self.pieces.setdefault(module, []).append((layer, place))
-        for pieces in self.pieces.values():
-            pieces.sort(key=_start)
-        read = found.numbers.infos  # the rest are words on how others are packed
-        lost = {name for name, (theirs, _) in found.kept.items() if theirs not in read}
+        self.pieces = Pieces(found)
         self.infos: Mapping[str, TensorInfo] = {
-            name: self._info(name) for name in sorted(found.names() - lost)
+            name: self._info(name) for name in self.pieces.names()
         }
         self._last: dict[str, QuantizedTensor] = {}
 
@@ -93,9 +86,9 @@ class PackedSource(CanonicalSource):
         from dqconvert.quantizers import slicing
 
         found = []
-        for layer, place in self.pieces[module]:
-            q = slicing.shifted(self._unpacked(layer), 0.0)
-            found.append(slicing.rows(q, *self._rows(layer, place)))
+        for piece in self.pieces[module]:
+            q = slicing.shifted(self._unpacked(piece[0]), 0.0)
+            found.append(slicing.rows(q, *self.pieces.rows(piece)))
         return found
 
     def _unpacked(self, layer: PackedLayer) -> QuantizedTensor:
@@ -105,19 +98,13 @@ class PackedSource(CanonicalSource):
             self._last[layer.name] = self.found.unpack(layer)
         return self._last[layer.name]
 
-    def _rows(self, layer: PackedLayer, place: int) -> tuple[int, int]:
-        return stacked_rows(layer.entry, place, self.found.hidden, layer.form.shape[0])
-
     def _info(self, name: str) -> TensorInfo:
         module, _, leaf = name.rpartition(".")
-        if module in self.pieces:
-            layer, place = self.pieces[module][0]
-            start, stop = self._rows(layer, place)
-            if leaf == "bias":
-                return TensorInfo(layer.form.bias_dtype, (stop - start,))
-            width = sum(piece.form.shape[1] for piece, _ in self.pieces[module])
-            return TensorInfo("BF16", (stop - start, width))
-        return self.found.info_of(name)
+        if module not in self.pieces:
+            return self.found.info_of(name)
+        layer, _ = self.pieces[module][0]
+        dtype = layer.form.bias_dtype if leaf == "bias" else "BF16"
+        return TensorInfo(dtype, self.pieces.shape(name))
 
 
 def unfit(form: PackedForm | None, found: PackedForm) -> str | None:
@@ -133,9 +120,3 @@ def unfit(form: PackedForm | None, found: PackedForm) -> str | None:
     if form.input_scale and not found.input_scale:
         return "the runtime wants a static scale of its input, and the file has none"
     return None
-
-
-def _start(piece: tuple[PackedLayer, int]) -> bool:
-    """Whether a piece of a split linear begins after its first column."""
-    columns = piece[0].entry.columns
-    return columns is not None and columns[0] != 0

@@ -14,10 +14,11 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dqconvert.converter.canonical import compose, entries_of, swap_halves
+from dqconvert.converter.canonical import CanonicalSource, compose, entries_of, swap_halves
 from dqconvert.converter.cli import main
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Entry, Family, fill, leaves
+from dqconvert.converter.opening import open_model
 from dqconvert.formats import header
 from dqconvert.formats.targets import targets
 from dqconvert.quantizers.schemes import schemes
@@ -219,6 +220,22 @@ def sparse(path: Path, infos: Mapping[str, TensorInfo]) -> Path:
         file.write(start)
         file.truncate(head.size)
     return path
+
+
+def opened(path: Path) -> CanonicalSource:
+    """A checkpoint as canonical weights, with the config.json in its folder."""
+    config = path / "config.json"
+    return open_model(path, json.loads(config.read_text()) if config.exists() else {})
+
+
+def off(got: Tensor, exact: Tensor) -> float:
+    """The relative error, in float64."""
+    return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def is_linear(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor of FLUX is the weight of a linear of its blocks."""
+    return tensor.ndim == 2 and "blocks" in name and name.endswith(".weight")
 
 
 def tiny_pipeline(folder: Path) -> Path:

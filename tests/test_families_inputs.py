@@ -13,7 +13,6 @@ from torch import Tensor
 
 from dqconvert.converter.families import families
 from dqconvert.converter.family import Fold, depth, fill
-from dqconvert.quantizers import precondition
 from dqconvert.quantizers.precondition import Transform
 
 torch.set_num_threads(1)
@@ -59,28 +58,6 @@ def _first(gelu: int | str, hidden: Tensor) -> int:
     return gelu if isinstance(gelu, int) else int(hidden.shape[0])
 
 
-def fold_into(state: dict[str, Tensor], fold: Fold, index: str, transform: Transform) -> None:
-    """A fold, applied by the words of its documentation."""
-    size = len(transform.smooth)
-    for name in (fill(one, index) for one in fold.consumers):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        state[f"{name}.bias"] = precondition.consumer_bias(bias, weight, transform)
-        state[f"{name}.weight"] = precondition.consumer_weight(weight, transform)
-    makers = [(fill(one, index), 0, precondition.shift_bias) for one in fold.values]
-    if fold.modulation:
-        name = fill(fold.modulation, index)
-        makers += [
-            (name, fold.shift, precondition.shift_bias),
-            (name, fold.scale, precondition.scale_bias),
-        ]
-    for name, chunk, moved in makers:
-        rows = slice(chunk * size, (chunk + 1) * size)
-        weight, bias = state[f"{name}.weight"].clone(), state[f"{name}.bias"].clone()
-        weight[rows] = precondition.producer_weight(weight[rows], transform)
-        bias[rows] = moved(bias[rows], transform)
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias
-
-
 def _whole(fold: Fold) -> bool:
     return fold.columns == (0, None)
 
@@ -112,7 +89,7 @@ def test_folds_change_nothing(family: Any, config: Any) -> None:
                 continue
             size = state[f"{first}.weight"].shape[1]
             smooth, center = torch.randn(2, size, generator=rng, dtype=model.dtype)
-            fold_into(state, fold, str(index), Transform(torch.exp(0.5 * smooth), center))
+            tiny.fold_into(state, fold, str(index), Transform(torch.exp(0.5 * smooth), center))
     assert any(state[name] is not tensor for name, tensor in model.state_dict().items())
     model.load_state_dict(state, strict=True)
     assert (tiny.forward(model) - before).norm() < (1e-4 if single else 1e-9) * before.norm()

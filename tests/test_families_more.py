@@ -14,13 +14,12 @@ from torch import Tensor
 from dqconvert.converter import detect
 from dqconvert.converter.detect import open_canonical
 from dqconvert.converter.families import families
-from dqconvert.converter.family import Fold, depth, fill
+from dqconvert.converter.family import depth, fill
 from dqconvert.converter.options import PlanOptions
 from dqconvert.converter.plan import Plan, make_plan
 from dqconvert.converter.resolve import Model
 from dqconvert.converter.statistics import config_of
 from dqconvert.formats.targets import targets
-from dqconvert.quantizers import precondition
 from dqconvert.quantizers.errors import SourceError
 from dqconvert.quantizers.precondition import Transform
 from dqconvert.quantizers.schemes import schemes
@@ -157,28 +156,6 @@ def test_what_is_said_of_inputs(family: Any, config: Any) -> None:
         assert (found.min() > -0.2) == (row.gelu == 0)
 
 
-def fold_into(state: dict[str, Tensor], fold: Fold, index: str, transform: Transform) -> None:
-    """A fold, applied by the words of its documentation."""
-    size = len(transform.smooth)
-    for name in (fill(one, index) for one in fold.consumers):
-        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        state[f"{name}.bias"] = precondition.consumer_bias(bias, weight, transform)
-        state[f"{name}.weight"] = precondition.consumer_weight(weight, transform)
-    makers = [(fill(one, index), 0, precondition.shift_bias) for one in fold.values]
-    if fold.modulation:
-        name = fill(fold.modulation, index)
-        makers += [
-            (name, fold.shift, precondition.shift_bias),
-            (name, fold.scale, precondition.scale_bias),
-        ]
-    for name, chunk, moved in makers:
-        rows = slice(chunk * size, (chunk + 1) * size)
-        weight, bias = state[f"{name}.weight"].clone(), state[f"{name}.bias"].clone()
-        weight[rows] = precondition.producer_weight(weight[rows], transform)
-        bias[rows] = moved(bias[rows], transform)
-        state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias
-
-
 @pytest.mark.parametrize(("family", "config"), [one for one in RUNNABLE if one.values[0].folds])
 def test_folds_change_nothing(family: Any, config: Any) -> None:
     """In float64, all of them at once, with random smooth vectors and centers."""
@@ -191,7 +168,7 @@ def test_folds_change_nothing(family: Any, config: Any) -> None:
             size = state[f"{fill(fold.consumers[0], str(index))}.weight"].shape[1]
             smooth = torch.exp(torch.randn(size, generator=rng, dtype=torch.float64))
             center = torch.randn(size, generator=rng, dtype=torch.float64)
-            fold_into(state, fold, str(index), Transform(smooth, center))
+            tiny.fold_into(state, fold, str(index), Transform(smooth, center))
     changed = [name for name, tensor in model.state_dict().items() if state[name] is not tensor]
     assert changed
     model.load_state_dict(state, strict=True)

@@ -15,14 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dqconvert.converter.canonical import CanonicalSource
-from dqconvert.converter.opening import open_model
 from dqconvert.formats.scaled_source import Rescaled
 from dqconvert.formats.source import open_source
 
 torch.set_num_threads(1)
 checkpoints = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("checkpoints.py"))))
 PAIRS, done, refused = checkpoints.PAIRS, checkpoints.done, checkpoints.refused
+opened, off, is_linear = checkpoints.opened, checkpoints.off, checkpoints.is_linear
 Tensors = dict[str, Tensor]
 LOST = "what they lost stays lost"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -38,19 +37,6 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact(pipeline: Path) -> Tensors:
     found: Tensors = checkpoints.weights_of(pipeline)
     return found
-
-
-def opened(path: Path) -> CanonicalSource:
-    config = path / "config.json"
-    return open_model(path, json.loads(config.read_text()) if config.exists() else {})
-
-
-def off(got: Tensor, exact: Tensor) -> float:
-    return float((got.double() - exact.double()).norm() / exact.double().norm())
-
-
-def is_linear(name: str, tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and "blocks" in name and name.endswith(".weight")
 
 
 # ------------------------------------------------------------------------------ files of others

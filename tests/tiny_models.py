@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dqconvert.converter.family import Fold, fill
+from dqconvert.quantizers import precondition
+from dqconvert.quantizers.precondition import Transform
+
 
 def build(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     """diffusers' own model with large random weights, none of them zero."""
@@ -35,6 +39,28 @@ def forward(model: Any) -> Tensor:
     with torch.no_grad():
         found = INPUTS[type(model).__name__](model, noise)[0]
     return torch.stack(list(found)) if isinstance(found, list) else found
+
+
+def fold_into(state: dict[str, Tensor], fold: Fold, index: str, transform: Transform) -> None:
+    """A fold, applied by the words of its documentation."""
+    size = len(transform.smooth)
+    for name in (fill(one, index) for one in fold.consumers):
+        weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
+        state[f"{name}.bias"] = precondition.consumer_bias(bias, weight, transform)
+        state[f"{name}.weight"] = precondition.consumer_weight(weight, transform)
+    makers = [(fill(one, index), 0, precondition.shift_bias) for one in fold.values]
+    if fold.modulation:
+        name = fill(fold.modulation, index)
+        makers += [
+            (name, fold.shift, precondition.shift_bias),
+            (name, fold.scale, precondition.scale_bias),
+        ]
+    for name, chunk, moved in makers:
+        rows = slice(chunk * size, (chunk + 1) * size)
+        weight, bias = state[f"{name}.weight"].clone(), state[f"{name}.bias"].clone()
+        weight[rows] = precondition.producer_weight(weight[rows], transform)
+        bias[rows] = moved(bias[rows], transform)
+        state[f"{name}.weight"], state[f"{name}.bias"] = weight, bias
 
 
 def _qwen_image(model: Any, noise: Callable[..., Tensor]) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dqconvert.converter.families import flux
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, depth
 
 _APPROXIMATOR = "distilled_guidance_layer"
 _LAYERS, _NORMS = f"{_APPROXIMATOR}.layers", f"{_APPROXIMATOR}.norms"
@@ -86,15 +86,11 @@ FAMILY = Family(
     config_of=_config_of,
     facts=_facts,
     unrun=("sglang", "vllm"),
-    policies={
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
-    },
+    policies=flux.BITSANDBYTES,
     sensitive=flux.FAMILY.sensitive,
     # Only behind attention: shifts and scales come from no linear that a fold could change.
     folds=tuple(fold for fold in flux.FOLDS if not fold.modulation),
-    outside=(Linear("proj_out", "output"),),
+    outside=(flux.PROJ_OUT,),
     pipelines={"": "ChromaPipeline"},
     encoders={"text_encoder": "t5"},
 )

@@ -258,6 +258,13 @@ def _check(config: Mapping[str, Any]) -> None:
         raise SourceError(f"config.json: out_channels is {channels!r}; needed is a number or null")
 
 
+PROJ_OUT = Linear("proj_out", "output")
+BITSANDBYTES = {
+    layout: {PROJ_OUT.name: "weight"} for layout in ("bitsandbytes", "bitsandbytes-double")
+}
+"""Policies of layouts whose loader in diffusers cannot tell this linear from those of the blocks,
+which have the same last name in models shaped like this one."""
+
 _HUB = "black-forest-labs/FLUX.1-"
 _DEV = ("dev", "Krea-dev", "Kontext-dev", "Fill-dev", "Canny-dev", "Depth-dev")
 
@@ -299,14 +306,12 @@ FAMILY = Family(
         # double blocks, vLLM-Omni all of them (safe_quant_config).
         "sglang": dict.fromkeys(("modulation", *_DOUBLE_MLP)),
         "vllm": dict.fromkeys(("modulation", *_DOUBLE_LINEARS)),
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
+        **BITSANDBYTES,
     },
     # The 8 bit layers of ConvRot's mix (2512.03673, table 8).
     sensitive=(f"{_DOUBLE}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=FOLDS,
-    outside=(Linear("proj_out", "output"),),
+    outside=(PROJ_OUT,),
     variant=_variant,
     pipelines={
         "": "FluxPipeline",

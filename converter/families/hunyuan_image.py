@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dqconvert.converter.families import flux, hunyuan_video
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, depth
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _REFINERS = "context_embedder.token_refiner.refiner_blocks"
@@ -126,12 +126,8 @@ FAMILY = Family(
     facts=_facts,
     # Both have code for HunyuanImage 3 alone (2026).
     unrun=("sglang", "vllm"),
-    policies={
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
-    },
-    outside=(Linear("proj_out", "output"),),
+    policies=flux.BITSANDBYTES,
+    outside=(flux.PROJ_OUT,),
     sensitive=flux.FAMILY.sensitive,
     folds=flux.FOLDS,
     pipelines={"": "HunyuanImagePipeline"},

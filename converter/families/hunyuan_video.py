@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dqconvert.converter.families import flux
 from dqconvert.converter.family import Entry, Family, Fold, Infos, Linear, depth
 
 BLOCK = "transformer_blocks.{i}"
@@ -271,12 +272,8 @@ FAMILY = Family(
     facts=_facts,
     # vLLM-Omni has code for HunyuanVideo 1.5 alone (2026).
     unrun=("vllm",),
-    policies={
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
-    },
-    outside=(Linear("proj_out", "output"),),
+    policies=flux.BITSANDBYTES,
+    outside=(flux.PROJ_OUT,),
     video=True,
     sensitive=(f"{BLOCK}.attn.to_out.0", f"{_SINGLE}.attn.to_v"),
     folds=(*FOLDS, *_SINGLE_FOLDS),

@@ -100,9 +100,7 @@ FAMILY = Family(
     policies={
         # LightX2V builds every linear with the one scheme, those around the blocks as well.
         "lightx2v": {"embedder": "weight", "final": "weight"},
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
+        **flux.BITSANDBYTES,
     },
     sensitive=flux.FAMILY.sensitive,
     folds=flux.FOLDS,

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from dqconvert.converter.families import flux
-from dqconvert.converter.family import Entry, Family, Infos, Linear, depth
+from dqconvert.converter.family import Entry, Family, Infos, depth
 
 _DOUBLE, _SINGLE = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
 _LINEARS = tuple(replace(linear, gelu=None) for linear in flux.LINEARS)
@@ -79,12 +79,8 @@ FAMILY = Family(
     assumed=("patch_size", "in_channels", "out_channels"),
     facts=_facts,
     unrun=("sglang", "vllm"),  # both build its linears unquantized, whatever the config says
-    policies={
-        # Its loader in diffusers cannot tell this linear from those of the blocks.
-        "bitsandbytes": {"proj_out": "weight"},
-        "bitsandbytes-double": {"proj_out": "weight"},
-    },
-    outside=(Linear("proj_out", "output"),),
+    policies=flux.BITSANDBYTES,
+    outside=(flux.PROJ_OUT,),
     sensitive=flux.FAMILY.sensitive,
     folds=flux.FOLDS,
     pipelines={"": "OvisImagePipeline"},
